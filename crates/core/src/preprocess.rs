@@ -1,0 +1,1 @@
+//! Pixels to tensors as the reference does it.
