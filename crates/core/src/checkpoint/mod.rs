@@ -29,3 +29,12 @@ impl Checkpoint {
         Err(crate::Error::format(path, "not yet"))
     }
 }
+pub fn weights_hash(_t: &BTreeMap<String, Tensor>) -> Result<String> {
+    Ok(String::new())
+}
+/// x
+#[derive(Debug)]
+pub struct TorchState {
+    pub tensors: BTreeMap<String, Tensor>,
+    pub epoch: Option<i64>,
+}
