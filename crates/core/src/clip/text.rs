@@ -112,7 +112,7 @@ impl TextTower {
     /// [`Error::PromptTooLong`] if a prompt has more tokens than the tower has positions, [`Error::Shape`] if a learned
     /// tensor is not as wide as the tower.
     pub fn encode(&self, prompts: &Prompts) -> Result<Tensor> {
-        self.encode_probed(prompts, &mut |_, _| Ok(()))
+        self.run(prompts, None)
     }
 
     /// As [`TextTower::encode`], showing every hidden state `(prompts, tokens, width)` to `probe`.
@@ -120,13 +120,24 @@ impl TextTower {
     /// # Errors
     /// As [`TextTower::encode`], and those of `probe`.
     pub fn encode_probed(&self, prompts: &Prompts, probe: Probe<'_>) -> Result<Tensor> {
+        self.run(prompts, Some(probe))
+    }
+
+    fn run(&self, prompts: &Prompts, mut probe: Option<Probe<'_>>) -> Result<Tensor> {
+        let mut show = |name: &str, x: &Tensor| match &mut probe {
+            Some(probe) => probe(name, x),
+            None => Ok(()),
+        };
         let (embedded, ends) = prompts.embed(self)?;
         let (n, tokens, width) = embedded.dims3()?;
         let mut x = embedded.broadcast_add(&self.positions.i(..tokens)?)?;
-        probe("embedded", &x)?;
+        show("embedded", &x)?;
         for (i, block) in self.blocks.iter().enumerate() {
             x = block.forward(&x, true)?;
-            probe(&format!("block{i}"), &x)?;
+            show(&format!("block{i}"), &x)?;
+        }
+        if let Some(probe) = probe {
+            probe("ln_final", &self.ln_final.forward(&x)?)?;
         }
         let rows: Vec<u32> = ends
             .iter()
@@ -135,9 +146,7 @@ impl TextTower {
             .collect();
         let rows = Tensor::new(rows, x.device())?;
         let x = x.reshape((n * tokens, width))?.index_select(&rows, 0)?;
-        let x = self.ln_final.forward(&x)?;
-        probe("ln_final", &x)?;
-        self.projection.forward(&x)
+        self.projection.forward(&self.ln_final.forward(&x)?)
     }
 
     /// Bytes of frozen weights held.
