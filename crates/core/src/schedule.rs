@@ -5,12 +5,11 @@ use serde::{Deserialize, Serialize};
 use crate::{Error, Result};
 
 /// What follows the warm-up.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Decay {
     /// `½ · lr · (1 + cos(π (e − W) / E))`. The denominator is E, all epochs, so the rate never reaches zero.
-    #[default]
-    Cosine,
+    Cosine {},
     /// `lr · gamma^⌊(e − W) / step⌋`.
     SingleStep {
         /// Epochs between two drops.
@@ -26,16 +25,22 @@ pub enum Decay {
         gamma: f64,
     },
     /// Always `lr`.
-    Constant,
+    Constant {},
+}
+
+// Variants without fields are written with braces: serde lets unknown keys pass beside a plain one.
+impl Default for Decay {
+    fn default() -> Self {
+        Self::Cosine {}
+    }
 }
 
 /// What comes before: a few epochs at a low or rising rate.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Warmup {
     /// None.
-    #[default]
-    None,
+    None {},
     /// The same low rate in each of the first `epochs`.
     Constant {
         /// Length.
@@ -52,6 +57,12 @@ pub enum Warmup {
     },
 }
 
+impl Default for Warmup {
+    fn default() -> Self {
+        Self::None {}
+    }
+}
+
 /// A schedule: warm-up, then decay.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -66,7 +77,7 @@ impl Schedule {
     /// What the CoOp family uses: cosine after one epoch at 1e-5.
     pub fn coop() -> Self {
         Self {
-            decay: Decay::Cosine,
+            decay: Decay::Cosine {},
             warmup: Warmup::Constant {
                 epochs: 1,
                 lr: 1e-5,
@@ -76,7 +87,7 @@ impl Schedule {
 
     fn warmup_epochs(&self) -> usize {
         match self.warmup {
-            Warmup::None => 0,
+            Warmup::None {} => 0,
             Warmup::Constant { epochs, .. } | Warmup::Linear { epochs, .. } => epochs,
         }
     }
@@ -86,7 +97,7 @@ impl Schedule {
         let warm = self.warmup_epochs();
         if epoch < warm {
             return match self.warmup {
-                Warmup::None => lr,
+                Warmup::None {} => lr,
                 Warmup::Constant { lr, .. } => lr,
                 Warmup::Linear { min_lr, .. } if epoch == 0 => min_lr,
                 Warmup::Linear { epochs, .. } => lr * epoch as f64 / epochs as f64,
@@ -94,14 +105,14 @@ impl Schedule {
         }
         let past = epoch - warm;
         match &self.decay {
-            Decay::Cosine => {
+            Decay::Cosine {} => {
                 0.5 * lr * (1.0 + (std::f64::consts::PI * past as f64 / epochs as f64).cos())
             }
             Decay::SingleStep { step, gamma } => lr * gamma.powi((past / (*step).max(1)) as i32),
             Decay::MultiStep { milestones, gamma } => {
                 lr * gamma.powi(milestones.iter().filter(|&&m| m <= past).count() as i32)
             }
-            Decay::Constant => lr,
+            Decay::Constant {} => lr,
         }
     }
 
@@ -115,7 +126,7 @@ impl Schedule {
             false => Err(Error::config(key, value, "a finite number above 0")),
         };
         match self.warmup {
-            Warmup::None => {}
+            Warmup::None {} => {}
             Warmup::Constant { lr, .. } => positive("warmup.lr", lr)?,
             Warmup::Linear { min_lr, .. } => positive("warmup.min_lr", min_lr)?,
         }
@@ -126,7 +137,7 @@ impl Schedule {
             Decay::SingleStep { gamma, .. } | Decay::MultiStep { gamma, .. } => {
                 positive("decay.gamma", *gamma)
             }
-            Decay::Cosine | Decay::Constant => Ok(()),
+            Decay::Cosine {} | Decay::Constant {} => Ok(()),
         }
     }
 }
@@ -201,7 +212,7 @@ mod tests {
                 step: 2,
                 gamma: 0.5,
             },
-            warmup: Warmup::None,
+            warmup: Warmup::None {},
         };
         assert_eq!(rates(&schedule, 1.0, 5), [1.0, 1.0, 0.5, 0.5, 0.25]);
     }

@@ -41,7 +41,9 @@ pub const ENTRY: Entry = Entry {
     defaults: method::defaults_of::<CoOpConfig>,
     configure: |settings| Ok(Box::new(CoOpConfig::read(settings)?)),
     load: |file, clip| Ok(Box::new(CoOp::load(file, clip)?)),
-    import: Some(|state, settings, clip, classes| Ok(Box::new(CoOp::import(state, settings, clip, classes)?))),
+    import: Some(|state, settings, clip, classes| {
+        Ok(Box::new(CoOp::import(state, settings, clip, classes)?))
+    }),
 };
 
 /// Settings of [`CoOp`]; the defaults are the paper's.
@@ -95,15 +97,23 @@ impl CoOpConfig {
             return Err(Error::config("n_ctx", 0, "at least one context token"));
         }
         if self.class_specific && self.words().is_some() {
-            let expected = "initial words give one context for all classes; leave one of the two out";
-            return Err(Error::config("class_specific", "true with ctx_init", expected));
+            let expected =
+                "initial words give one context for all classes; leave one of the two out";
+            return Err(Error::config(
+                "class_specific",
+                "true with ctx_init",
+                expected,
+            ));
         }
         self.train.check()
     }
 
     /// The initial words, spaces for underscores, if there are any.
     fn words(&self) -> Option<String> {
-        self.ctx_init.as_deref().map(|words| words.replace('_', " ")).filter(|words| !words.trim().is_empty())
+        self.ctx_init
+            .as_deref()
+            .map(|words| words.replace('_', " "))
+            .filter(|words| !words.trim().is_empty())
     }
 }
 
@@ -148,11 +158,15 @@ impl CoOp {
             Some(words) => {
                 let ids = clip.text().tokenizer()?.encode(&words);
                 if config.n_ctx.is_some_and(|n| n != ids.len()) {
-                    let expected = format!("`{words}` is {} tokens; leave n_ctx out or make them agree", ids.len());
+                    let expected = format!(
+                        "`{words}` is {} tokens; leave n_ctx out or make them agree",
+                        ids.len()
+                    );
                     return Err(Error::config("n_ctx", config.n_ctx.unwrap_or(0), expected));
                 }
                 if ids.len() != words.split(' ').count() {
-                    let expected = format!("words of one token each; these are {} tokens", ids.len());
+                    let expected =
+                        format!("words of one token each; these are {} tokens", ids.len());
                     return Err(Error::config("ctx_init", words, expected));
                 }
                 (params.copied("ctx", &clip.text().embed(&ids)?)?, words)
@@ -183,7 +197,13 @@ impl CoOp {
     /// # Errors
     /// [`Error::Prompt`], [`Error::Shape`] or [`Error::Config`] if the file does not fit itself or the weights.
     pub fn load(file: &PromptFile, clip: &Clip) -> Result<Self> {
-        Self::with_tensors(&CoOpConfig::read(&file.config)?, clip, &file.classes, file.seed, &file.tensors)
+        Self::with_tensors(
+            &CoOpConfig::read(&file.config)?,
+            clip,
+            &file.classes,
+            file.seed,
+            &file.tensors,
+        )
     }
 
     /// From a checkpoint of the authors' code (`prompt_learner/model.pth.tar-*`). Its `token_prefix` and `token_suffix` are
@@ -193,15 +213,27 @@ impl CoOp {
     ///
     /// # Errors
     /// [`Error::Prompt`] if there is no `ctx`, [`Error::Shape`] if it does not fit the weights or the classes.
-    pub fn import(state: &TorchState, settings: &Value, clip: &Clip, classes: &Classes) -> Result<Self> {
+    pub fn import(
+        state: &TorchState,
+        settings: &Value,
+        clip: &Clip,
+        classes: &Classes,
+    ) -> Result<Self> {
         let mut config = CoOpConfig::read(settings)?;
-        let ctx = state.tensors.get("ctx").ok_or_else(|| Error::Prompt("the checkpoint holds no `ctx`".into()))?;
+        let ctx = state
+            .tensors
+            .get("ctx")
+            .ok_or_else(|| Error::Prompt("the checkpoint holds no `ctx`".into()))?;
         match *ctx.dims() {
             [n_ctx, _] => config.n_ctx = Some(n_ctx),
             [_, n_ctx, _] => (config.n_ctx, config.class_specific) = (Some(n_ctx), true),
             _ => {
                 let expected = vec![CoOpConfig::N_CTX, clip.text().width()];
-                return Err(Error::Shape { what: "`ctx` of the checkpoint".into(), found: ctx.dims().to_vec(), expected });
+                return Err(Error::Shape {
+                    what: "`ctx` of the checkpoint".into(),
+                    found: ctx.dims().to_vec(),
+                    expected,
+                });
             }
         }
         Self::with_tensors(&config, clip, classes, 0, &state.tensors)
@@ -246,7 +278,11 @@ impl Predictor for CoOp {
         ImageNeeds::GlobalFeatures
     }
 
-    fn classifier<'a>(&'a self, clip: &'a Clip, classes: &Classes) -> Result<Box<dyn Classifier + 'a>> {
+    fn classifier<'a>(
+        &'a self,
+        clip: &'a Clip,
+        classes: &Classes,
+    ) -> Result<Box<dyn Classifier + 'a>> {
         if let Some(own) = self.own_classes.as_ref().filter(|own| *own != classes) {
             return Err(Error::Prompt(format!(
                 "class-specific context was trained on {} classes ({}, ...), not on these {}; it cannot serve other classes (train with class_specific = false)",
@@ -255,8 +291,13 @@ impl Predictor for CoOp {
                 classes.len()
             )));
         }
-        let features = self.text_features(clip, &ClassTokens::new(clip.text(), classes)?)?.detach();
-        Ok(Box::new(TextClassifier::new(clip, ops::unit_length(&features, "a text feature")?)))
+        let features = self
+            .text_features(clip, &ClassTokens::new(clip.text(), classes)?)?
+            .detach();
+        Ok(Box::new(TextClassifier::new(
+            clip,
+            ops::unit_length(&features, "a text feature")?,
+        )))
     }
 
     fn tensors(&self) -> Vec<(String, Tensor)> {
@@ -271,6 +312,9 @@ impl Objective for CoOp {
 
     fn loss(&self, clip: &Clip, batch: &Batch<'_>, _: Step) -> Result<Loss> {
         let text_features = self.text_features(clip, batch.classes)?;
-        Loss::cross_entropy(clip.cosine_logits(batch.images.features()?, &text_features)?, batch.labels)
+        Loss::cross_entropy(
+            clip.cosine_logits(batch.images.features()?, &text_features)?,
+            batch.labels,
+        )
     }
 }

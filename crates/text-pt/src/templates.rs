@@ -10,11 +10,23 @@ pub const DEFAULT: &str = "a photo of a {}.";
 const DATASETS: &[(&str, &str, &str)] = &[
     ("imagenet", "ImageNet", DEFAULT),
     ("caltech101", "Caltech101", DEFAULT),
-    ("oxford_pets", "OxfordPets", "a photo of a {}, a type of pet."),
+    (
+        "oxford_pets",
+        "OxfordPets",
+        "a photo of a {}, a type of pet.",
+    ),
     ("stanford_cars", "StanfordCars", DEFAULT),
-    ("oxford_flowers", "OxfordFlowers", "a photo of a {}, a type of flower."),
+    (
+        "oxford_flowers",
+        "OxfordFlowers",
+        "a photo of a {}, a type of flower.",
+    ),
     ("food101", "Food101", "a photo of {}, a type of food."),
-    ("fgvc_aircraft", "FGVCAircraft", "a photo of a {}, a type of aircraft."),
+    (
+        "fgvc_aircraft",
+        "FGVCAircraft",
+        "a photo of a {}, a type of aircraft.",
+    ),
     ("sun397", "SUN397", DEFAULT),
     ("dtd", "DescribableTextures", "{} texture."),
     ("eurosat", "EuroSAT", "a centered satellite photo of {}."),
@@ -30,11 +42,18 @@ const DATASETS: &[(&str, &str, &str)] = &[
 /// # Errors
 /// [`Error::Config`] listing the known ids.
 pub fn for_dataset(name: &str) -> Result<&'static str> {
-    match DATASETS.iter().find(|(id, theirs, _)| *id == name || *theirs == name) {
+    match DATASETS
+        .iter()
+        .find(|(id, theirs, _)| *id == name || *theirs == name)
+    {
         Some((_, _, template)) => Ok(template),
         None => {
             let known: Vec<_> = DATASETS.iter().map(|d| d.0).collect();
-            Err(Error::config("dataset", name, format!("one of {}", known.join(", "))))
+            Err(Error::config(
+                "dataset",
+                name,
+                format!("one of {}", known.join(", ")),
+            ))
         }
     }
 }

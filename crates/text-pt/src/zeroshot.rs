@@ -30,7 +30,11 @@ pub const ENTRY: Entry = Entry {
     needs: ImageNeeds::GlobalFeatures,
     defaults: method::defaults_of::<ZeroShotConfig>,
     configure: |settings| Ok(Box::new(ZeroShotConfig::read(settings)?)),
-    load: |file, _| Ok(Box::new(ZeroShot::new(&ZeroShotConfig::read(&file.config)?)?)),
+    load: |file, _| {
+        Ok(Box::new(ZeroShot::new(&ZeroShotConfig::read(
+            &file.config,
+        )?)?))
+    },
     import: None,
 };
 
@@ -50,7 +54,10 @@ pub struct ZeroShotConfig {
 impl ZeroShotConfig {
     /// One template.
     pub fn template(template: &str) -> Self {
-        Self { templates: vec![template.to_owned()], ..Self::default() }
+        Self {
+            templates: vec![template.to_owned()],
+            ..Self::default()
+        }
     }
 
     /// Settings from a value whose missing keys take their defaults.
@@ -71,20 +78,38 @@ impl ZeroShotConfig {
         if !self.templates.is_empty() {
             if self.dataset.is_some() || self.ensemble.is_some() {
                 let expected = "either templates of your own, or a data set's or a published list";
-                return Err(Error::config("templates", format!("{:?}", self.templates), expected));
+                return Err(Error::config(
+                    "templates",
+                    format!("{:?}", self.templates),
+                    expected,
+                ));
             }
             if let Some(template) = self.templates.iter().find(|t| !t.contains("{}")) {
-                return Err(Error::config("templates", template, "a template has {} where the class name goes"));
+                return Err(Error::config(
+                    "templates",
+                    template,
+                    "a template has {} where the class name goes",
+                ));
             }
             return Ok(self.templates.clone());
         }
-        let own = self.dataset.as_deref().map(templates::for_dataset).transpose()?;
+        let own = self
+            .dataset
+            .as_deref()
+            .map(templates::for_dataset)
+            .transpose()?;
         let mut list: Vec<String> = match self.ensemble {
-            Some(ensemble) => ensemble.templates().iter().map(|t| (*t).to_owned()).collect(),
+            Some(ensemble) => ensemble
+                .templates()
+                .iter()
+                .map(|t| (*t).to_owned())
+                .collect(),
             None => vec![own.unwrap_or(templates::DEFAULT).to_owned()],
         };
         // The authors append the data set's own template to the selected seven unless the data set is ImageNet.
-        if let (Some(Ensemble::Select7), Some(own), Some(dataset)) = (self.ensemble, own, &self.dataset) {
+        if let (Some(Ensemble::Select7), Some(own), Some(dataset)) =
+            (self.ensemble, own, &self.dataset)
+        {
             if !templates::is_imagenet(dataset) {
                 list.push(own.to_owned());
             }
@@ -112,7 +137,9 @@ impl ZeroShot {
     /// # Errors
     /// As [`ZeroShotConfig::resolve`].
     pub fn new(config: &ZeroShotConfig) -> Result<Self> {
-        Ok(Self { templates: config.resolve()? })
+        Ok(Self {
+            templates: config.resolve()?,
+        })
     }
 
     /// The sentences.
@@ -126,7 +153,9 @@ impl ZeroShot {
     /// [`Error::PromptTooLong`], [`Error::NotFinite`] for a zero feature.
     pub fn text_features(&self, clip: &Clip, classes: &ClassTokens) -> Result<Tensor> {
         let encode = |template: &String| -> Result<Tensor> {
-            let features = clip.text().encode(&Prompts::of_tokens(classes.fill(template)?))?;
+            let features = clip
+                .text()
+                .encode(&Prompts::of_tokens(classes.fill(template)?))?;
             ops::unit_length(&features, "a text feature")
         };
         if let [template] = self.templates.as_slice() {
@@ -150,7 +179,11 @@ impl Predictor for ZeroShot {
         ImageNeeds::GlobalFeatures
     }
 
-    fn classifier<'a>(&'a self, clip: &'a Clip, classes: &Classes) -> Result<Box<dyn Classifier + 'a>> {
+    fn classifier<'a>(
+        &'a self,
+        clip: &'a Clip,
+        classes: &Classes,
+    ) -> Result<Box<dyn Classifier + 'a>> {
         let features = self.text_features(clip, &ClassTokens::new(clip.text(), classes)?)?;
         Ok(Box::new(TextClassifier::new(clip, features)))
     }

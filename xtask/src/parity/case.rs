@@ -44,23 +44,43 @@ impl Case {
         // The tokenizer's case has a format of its own, which its runner reads.
         if !path.join("case.json").exists() && path.ends_with("tokenizer") {
             let (json, tensors, read) = Default::default();
-            return Ok(Self { path: path.to_path_buf(), json, tensors, read });
+            return Ok(Self {
+                path: path.to_path_buf(),
+                json,
+                tensors,
+                read,
+            });
         }
         let json_path = path.join("case.json");
-        let text = std::fs::read_to_string(&json_path).with_context(|| json_path.display().to_string())?;
-        let value: Value = serde_json::from_str(&text).with_context(|| json_path.display().to_string())?;
+        let text =
+            std::fs::read_to_string(&json_path).with_context(|| json_path.display().to_string())?;
+        let value: Value =
+            serde_json::from_str(&text).with_context(|| json_path.display().to_string())?;
         if let Some(method) = value.get("method").and_then(Value::as_str) {
             if method != slug && slug != "clip-cases" {
-                bail!("{}: method `{method}` in folder `{slug}`", json_path.display());
+                bail!(
+                    "{}: method `{method}` in folder `{slug}`",
+                    json_path.display()
+                );
             }
         }
-        let json: CaseJson = serde_json::from_value(value).with_context(|| json_path.display().to_string())?;
+        let json: CaseJson =
+            serde_json::from_value(value).with_context(|| json_path.display().to_string())?;
         if json.schema != Some(1) {
-            bail!("{}: schema {:?}, this version reads schema 1", json_path.display(), json.schema);
+            bail!(
+                "{}: schema {:?}, this version reads schema 1",
+                json_path.display(),
+                json.schema
+            );
         }
         let tensors = candle_core::safetensors::load(path.join("case.safetensors"), &Device::Cpu)
             .with_context(|| path.join("case.safetensors").display().to_string())?;
-        Ok(Self { path: path.to_path_buf(), json, tensors: tensors.into_iter().collect(), read: RefCell::default() })
+        Ok(Self {
+            path: path.to_path_buf(),
+            json,
+            tensors: tensors.into_iter().collect(),
+            read: RefCell::default(),
+        })
     }
 
     /// The method's settings.
@@ -74,7 +94,8 @@ impl Case {
 
     /// A tensor that must be there.
     pub(crate) fn tensor(&self, name: &str) -> Result<&Tensor> {
-        self.get(name).ok_or_else(|| anyhow!("the case holds no `{name}`"))
+        self.get(name)
+            .ok_or_else(|| anyhow!("the case holds no `{name}`"))
     }
 
     pub(crate) fn get(&self, name: &str) -> Option<&Tensor> {
@@ -111,11 +132,18 @@ pub(crate) struct Models {
 
 impl Models {
     pub(crate) fn new(root: PathBuf) -> Self {
-        Self { root, loaded: BTreeMap::new() }
+        Self {
+            root,
+            loaded: BTreeMap::new(),
+        }
     }
 
     pub(crate) fn folder(&self, case: &Case) -> Result<PathBuf> {
-        let name = case.json.clip.as_deref().ok_or_else(|| anyhow!("the case names no model"))?;
+        let name = case
+            .json
+            .clip
+            .as_deref()
+            .ok_or_else(|| anyhow!("the case names no model"))?;
         Ok(self.root.join(name))
     }
 

@@ -48,12 +48,19 @@ impl Check {
     }
 
     pub(crate) fn failures(&self) -> impl Iterator<Item = String> + '_ {
-        let none = self.comparisons.is_empty().then(|| "nothing was compared".to_owned());
-        none.into_iter().chain(self.comparisons.iter().filter_map(|c| c.failure.clone()))
+        let none = self
+            .comparisons
+            .is_empty()
+            .then(|| "nothing was compared".to_owned());
+        none.into_iter()
+            .chain(self.comparisons.iter().filter_map(|c| c.failure.clone()))
     }
 
     pub(crate) fn worst(&self) -> (f64, &str) {
-        let worst = self.comparisons.iter().max_by(|a, b| a.error.total_cmp(&b.error));
+        let worst = self
+            .comparisons
+            .iter()
+            .max_by(|a, b| a.error.total_cmp(&b.error));
         worst.map_or((0.0, "nothing"), |c| (c.error, c.name.as_str()))
     }
 
@@ -61,12 +68,24 @@ impl Check {
     pub(crate) fn record(&mut self, name: &str, error: f64, failure: Option<String>) {
         self.seen.insert(name.to_owned());
         let failure = failure.map(|f| format!("{name}: {f}"));
-        self.comparisons.push(Comparison { name: name.to_owned(), error, failure });
+        self.comparisons.push(Comparison {
+            name: name.to_owned(),
+            error,
+            failure,
+        });
     }
 
     /// Compares with the case's tensor `name`, if there is one.
-    pub(crate) fn tensor(&mut self, case: &Case, name: &str, ours: &Tensor, tolerance: f64) -> Result<()> {
-        let Some(expected) = case.get(name) else { return Ok(()) };
+    pub(crate) fn tensor(
+        &mut self,
+        case: &Case,
+        name: &str,
+        ours: &Tensor,
+        tolerance: f64,
+    ) -> Result<()> {
+        let Some(expected) = case.get(name) else {
+            return Ok(());
+        };
         if expected.dims() != ours.dims() {
             let failure = format!("shape {:?}, expected {:?}", ours.dims(), expected.dims());
             self.record(name, f64::INFINITY, Some(failure));
@@ -82,10 +101,23 @@ impl Check {
     }
 
     /// As [`Check::tensor`] for a list of numbers.
-    pub(crate) fn list(&mut self, case: &Case, name: &str, ours: &[f64], tolerance: f64) -> Result<()> {
-        let Some(expected) = case.get(name) else { return Ok(()) };
+    pub(crate) fn list(
+        &mut self,
+        case: &Case,
+        name: &str,
+        ours: &[f64],
+        tolerance: f64,
+    ) -> Result<()> {
+        let Some(expected) = case.get(name) else {
+            return Ok(());
+        };
         let expected = values(expected)?;
-        ensure!(expected.len() == ours.len(), "{name}: {} values, expected {}", ours.len(), expected.len());
+        ensure!(
+            expected.len() == ours.len(),
+            "{name}: {} values, expected {}",
+            ours.len(),
+            expected.len()
+        );
         self.numbers(name, ours, &expected, tolerance);
         Ok(())
     }
@@ -93,28 +125,43 @@ impl Check {
     pub(crate) fn numbers(&mut self, name: &str, ours: &[f64], expected: &[f64], tolerance: f64) {
         let difference = largest(ours.iter().zip(expected).map(|(a, b)| a - b));
         let scale = largest(expected.iter().copied());
-        let (error, limit) = if scale == 0.0 { (difference, ZERO) } else { (difference / scale, tolerance) };
+        let (error, limit) = if scale == 0.0 {
+            (difference, ZERO)
+        } else {
+            (difference / scale, tolerance)
+        };
         // Written so that NaN fails.
         let fine = error <= limit;
-        let failure = (!fine).then(|| format!("error {error:.2e}, tolerance {limit:.0e} (largest value {scale:.3e})"));
+        let failure = (!fine).then(|| {
+            format!("error {error:.2e}, tolerance {limit:.0e} (largest value {scale:.3e})")
+        });
         self.record(name, error, failure);
     }
 
     /// Compares a parameter after the steps: its value, and how far it moved.
     pub(crate) fn parameter(&mut self, case: &Case, key: &str, ours: &Tensor) -> Result<()> {
         let name = format!("expect.after.{key}");
-        let Some(expected) = case.get(&name) else { return Ok(()) };
+        let Some(expected) = case.get(&name) else {
+            return Ok(());
+        };
         self.tensor(case, &name, ours, AFTER)?;
-        let (start, expected, ours) = (values(case.tensor(&format!("init.{key}"))?)?, values(expected)?, values(ours)?);
+        let (start, expected, ours) = (
+            values(case.tensor(&format!("init.{key}"))?)?,
+            values(expected)?,
+            values(ours)?,
+        );
         if expected.len() != ours.len() || start.len() != ours.len() {
             return Ok(());
         }
-        let moved = |to: &[f64]| -> Vec<f64> { to.iter().zip(&start).map(|(a, b)| a - b).collect() };
+        let moved =
+            |to: &[f64]| -> Vec<f64> { to.iter().zip(&start).map(|(a, b)| a - b).collect() };
         let (expected_move, our_move) = (moved(&expected), moved(&ours));
         let difference = largest(our_move.iter().zip(&expected_move).map(|(a, b)| a - b));
-        let limit = MOVED * largest(expected_move.iter().copied()) + 2e-6 * largest(expected.iter().copied());
+        let limit = MOVED * largest(expected_move.iter().copied())
+            + 2e-6 * largest(expected.iter().copied());
         let fine = difference <= limit;
-        let failure = (!fine).then(|| format!("the update differs by {difference:.2e}, tolerance {limit:.2e}"));
+        let failure = (!fine)
+            .then(|| format!("the update differs by {difference:.2e}, tolerance {limit:.2e}"));
         // Not part of the "largest error": its scale is the update, not the parameter.
         self.record(&format!("{name} - init"), 0.0, failure);
         Ok(())
@@ -125,9 +172,15 @@ impl Check {
         for name in case.names() {
             if name.starts_with("expect.") && !self.seen.contains(name) {
                 let failure = Some(format!("{name}: nothing compares it"));
-                self.comparisons.push(Comparison { name: name.to_owned(), error: f64::INFINITY, failure });
+                self.comparisons.push(Comparison {
+                    name: name.to_owned(),
+                    error: f64::INFINITY,
+                    failure,
+                });
             }
-            let input = ["input.", "noise.", "init."].iter().any(|prefix| name.starts_with(prefix));
+            let input = ["input.", "noise.", "init."]
+                .iter()
+                .any(|prefix| name.starts_with(prefix));
             if input && !case.was_read(name) {
                 self.warnings.push(format!("{name} was never read"));
             }
@@ -137,7 +190,13 @@ impl Check {
 
 /// The largest magnitude; NaN if there is one.
 fn largest(values: impl Iterator<Item = f64>) -> f64 {
-    values.fold(0.0, |max: f64, v| if v.is_nan() || max.is_nan() { f64::NAN } else { max.max(v.abs()) })
+    values.fold(0.0, |max: f64, v| {
+        if v.is_nan() || max.is_nan() {
+            f64::NAN
+        } else {
+            max.max(v.abs())
+        }
+    })
 }
 
 pub(crate) fn values(t: &Tensor) -> Result<Vec<f64>> {
@@ -165,6 +224,9 @@ mod tests {
         assert!(failed(&[1.0, 2.0], &[1.0, f64::NAN]));
         assert!(!failed(&[5e-7], &[0.0]));
         assert!(failed(&[2e-6], &[0.0]));
-        assert!(!Check::default().passed(), "a case that compares nothing does not pass");
+        assert!(
+            !Check::default().passed(),
+            "a case that compares nothing does not pass"
+        );
     }
 }

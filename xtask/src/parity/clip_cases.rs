@@ -13,7 +13,11 @@ use super::check::{Check, START};
 use super::text_pt::padded;
 
 pub(crate) fn run(case: &Case, models: &mut Models, check: &mut Check) -> Result<()> {
-    if case.json.texts.is_empty() { formats(case, models, check) } else { forward(case, models, check) }
+    if case.json.texts.is_empty() {
+        formats(case, models, check)
+    } else {
+        forward(case, models, check)
+    }
 }
 
 /// Token ids of each text up to its end token, the largest id.
@@ -42,40 +46,58 @@ fn formats(case: &Case, models: &mut Models, check: &mut Check) -> Result<()> {
 fn features(case: &Case, path: &Path, check: &mut Check) -> Result<()> {
     let clip = Clip::load(path)?;
     let image = clip.image().encode(case.tensor("images")?)?;
-    let text = clip.text().encode(&prompts(case.tensor("input.tokens")?)?)?;
+    let text = clip
+        .text()
+        .encode(&prompts(case.tensor("input.tokens")?)?)?;
     check.tensor(case, "expect.image_features", &image, START)?;
     check.tensor(case, "expect.text_features", &text, START)?;
-    check.tensor(case, "expect.logits_per_image", &clip.cosine_logits(&image, &text)?, START)
+    check.tensor(
+        case,
+        "expect.logits_per_image",
+        &clip.cosine_logits(&image, &text)?,
+        START,
+    )
 }
 
 fn forward(case: &Case, models: &mut Models, check: &mut Check) -> Result<()> {
     let clip = models.of(case)?;
     let length = clip.text().context_length();
-    let tokens: Vec<Vec<u32>> =
-        case.json.texts.iter().map(|text| Tokenizer::get().tokenize_truncated(text, length)).collect();
+    let tokens: Vec<Vec<u32>> = case
+        .json
+        .texts
+        .iter()
+        .map(|text| Tokenizer::get().tokenize_truncated(text, length))
+        .collect();
     check.tensor(case, "input.tokens", &padded(&tokens, length)?, 0.0)?;
 
     // Padded to the full length, so that the hidden states behind the end token can be compared too.
-    let full = padded(&tokens[..1], length)?.to_dtype(DType::U32)?.to_vec2::<u32>()?;
-    clip.text().encode_probed(&Prompts::of_tokens(full), &mut |name, hidden| {
-        probe(case, check, &format!("expect.text.{name}"), &hidden.i(0)?)
-    })?;
+    let full = padded(&tokens[..1], length)?
+        .to_dtype(DType::U32)?
+        .to_vec2::<u32>()?;
+    clip.text()
+        .encode_probed(&Prompts::of_tokens(full), &mut |name, hidden| {
+            probe(case, check, &format!("expect.text.{name}"), &hidden.i(0)?)
+        })?;
 
     let pixels = case.tensor("images")?;
-    clip.image().encode_probed(&pixels.i(..1)?, &mut |name, hidden| {
-        let mut hidden = hidden.i(0)?;
-        if name == "conv1" {
-            // The case holds the convolution's map, we the patches as rows.
-            let (patches, width) = hidden.dims2()?;
-            let side = (patches as f64).sqrt() as usize;
-            hidden = hidden.t()?.reshape((width, side, side))?;
-        }
-        probe(case, check, &format!("expect.image.{name}"), &hidden)
-    })?;
+    clip.image()
+        .encode_probed(&pixels.i(..1)?, &mut |name, hidden| {
+            let mut hidden = hidden.i(0)?;
+            if name == "conv1" {
+                // The case holds the convolution's map, we the patches as rows.
+                let (patches, width) = hidden.dims2()?;
+                let side = (patches as f64).sqrt() as usize;
+                hidden = hidden.t()?.reshape((width, side, side))?;
+            }
+            probe(case, check, &format!("expect.image.{name}"), &hidden)
+        })?;
 
     let text = clip.text().encode(&Prompts::of_tokens(tokens))?;
     let image = clip.image().encode(pixels)?;
-    let (unit_image, unit_text) = (ops::unit_length(&image, "image")?, ops::unit_length(&text, "text")?);
+    let (unit_image, unit_text) = (
+        ops::unit_length(&image, "image")?,
+        ops::unit_length(&text, "text")?,
+    );
     let logits = clip.cosine_logits(&image, &text)?;
     check.tensor(case, "expect.image_features", &image, START)?;
     check.tensor(case, "expect.text_features", &text, START)?;
@@ -84,7 +106,12 @@ fn forward(case: &Case, models: &mut Models, check: &mut Check) -> Result<()> {
     check.tensor(case, "expect.logits", &logits, START)?;
     check.tensor(case, "expect.logits_per_image", &logits, START)?;
     check.tensor(case, "expect.logits_per_text", &logits.t()?, START)?;
-    check.tensor(case, "expect.dense_tokens", &clip.image().encode_dense(pixels)?, START)?;
+    check.tensor(
+        case,
+        "expect.dense_tokens",
+        &clip.image().encode_dense(pixels)?,
+        START,
+    )?;
 
     if let VisionArch::ResNet { .. } = clip.arch().vision {
         pool(case, &clip, "", pixels, check)?;
@@ -101,9 +128,14 @@ fn pool(case: &Case, clip: &Clip, suffix: &str, pixels: &Tensor, check: &mut Che
     let (_, _, h, w) = stage.dims4()?;
     check.tensor(case, &format!("expect.layer4{suffix}"), &stage, START)?;
     for (name, with_positions) in [("pos0", false), ("pos1", true)] {
-        let all = clip.image().encode_dense_at_any_size(pixels, with_positions)?;
+        let all = clip
+            .image()
+            .encode_dense_at_any_size(pixels, with_positions)?;
         let (batch, _, width) = all.dims3()?;
-        let local = all.i((.., 1..))?.transpose(1, 2)?.reshape((batch, width, h, w))?;
+        let local = all
+            .i((.., 1..))?
+            .transpose(1, 2)?
+            .reshape((batch, width, h, w))?;
         let prefix = format!("expect.attnpool{suffix}.{name}");
         check.tensor(case, &format!("{prefix}.global"), &all.i((.., 0))?, START)?;
         check.tensor(case, &format!("{prefix}.local"), &local, START)?;
@@ -112,5 +144,7 @@ fn pool(case: &Case, clip: &Clip, suffix: &str, pixels: &Tensor, check: &mut Che
 }
 
 fn probe(case: &Case, check: &mut Check, name: &str, hidden: &Tensor) -> cliptune_core::Result<()> {
-    check.tensor(case, name, hidden, START).map_err(|e| cliptune_core::Error::Data(format!("{e:#}")))
+    check
+        .tensor(case, name, hidden, START)
+        .map_err(|e| cliptune_core::Error::Data(format!("{e:#}")))
 }

@@ -76,7 +76,11 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
         }
         out::line(&summary);
     }
-    Ok(if failed == 0 && !outcomes.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if failed == 0 && !outcomes.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// Every `<slug>/<case>` below the root, sorted; `clip` holds no cases.
@@ -90,9 +94,17 @@ fn case_folders(root: &Path, methods: &[String]) -> Result<Vec<(String, PathBuf)
     }
     let mut cases = Vec::new();
     for path in slugs {
-        let slug = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let slug = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         if methods.is_empty() || methods.contains(&slug) {
-            cases.extend(subfolders(&path)?.into_iter().map(|case| (slug.clone(), case)));
+            cases.extend(
+                subfolders(&path)?
+                    .into_iter()
+                    .map(|case| (slug.clone(), case)),
+            );
         }
     }
     if cases.is_empty() {
@@ -103,7 +115,9 @@ fn case_folders(root: &Path, methods: &[String]) -> Result<Vec<(String, PathBuf)
 
 fn subfolders(path: &Path) -> Result<Vec<PathBuf>> {
     let entries = std::fs::read_dir(path).with_context(|| path.display().to_string())?;
-    let mut folders = entries.map(|e| Ok(e?.path())).collect::<std::io::Result<Vec<_>>>()?;
+    let mut folders = entries
+        .map(|e| Ok(e?.path()))
+        .collect::<std::io::Result<Vec<_>>>()?;
     folders.retain(|p| p.is_dir());
     folders.sort();
     Ok(folders)
@@ -117,17 +131,28 @@ struct Outcome {
 }
 
 fn run_case(slug: &str, path: &Path, models: &mut Models) -> Outcome {
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let name = path
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
     let mut check = Check::default();
     let attempt = || -> Result<()> {
-        let Some(run) = runner(slug, &name) else { bail!("unknown method `{slug}`") };
+        let Some(run) = runner(slug, &name) else {
+            bail!("unknown method `{slug}`")
+        };
         let case = Case::read(slug, path)?;
         run(&case, models, &mut check)?;
         check.finish(&case);
         Ok(())
     };
     let error = attempt().err().map(|e| format!("{e:#}"));
-    Outcome { slug: slug.to_owned(), name, error, check }
+    Outcome {
+        slug: slug.to_owned(),
+        name,
+        error,
+        check,
+    }
 }
 
 impl Outcome {
@@ -139,7 +164,10 @@ impl Outcome {
         let verdict = if self.passed() { "ok  " } else { "FAIL" };
         let (worst, tensor) = self.check.worst();
         let mut line = format!("{verdict} {}/{}", self.slug, self.name);
-        line.push_str(&format!("  largest error {worst:.1e} ({tensor}), {} compared", self.check.compared()));
+        line.push_str(&format!(
+            "  largest error {worst:.1e} ({tensor}), {} compared",
+            self.check.compared()
+        ));
         for warning in self.check.warnings() {
             line.push_str(&format!("\n     {warning}"));
         }

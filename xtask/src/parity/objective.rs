@@ -1,10 +1,10 @@
 //! What the cases of all gradient methods have in common: the first step's loss and gradients, then the steps.
 
 use anyhow::{Context, Result, bail};
+use cliptune_core::Clip;
 use cliptune_core::optim::{Optimizer, OptimizerConfig};
 use cliptune_core::schedule::{Decay, Schedule, Warmup};
 use cliptune_core::train::{Batch, Objective, Step, gradients};
-use cliptune_core::Clip;
 use serde::Deserialize;
 
 use super::case::Case;
@@ -18,14 +18,22 @@ pub(crate) fn train<O: Objective>(
     batch: &Batch<'_>,
     check: &mut Check,
 ) -> Result<()> {
-    let Some(config) = &case.json.optimizer else { return Ok(()) };
+    let Some(config) = &case.json.optimizer else {
+        return Ok(());
+    };
     let config = OptimizerConfig::deserialize(config).context("optimizer")?;
     schedule(case, check)?;
     let mut optimizer = Optimizer::new(config, objective.params())?;
     let mut losses = Vec::new();
     let steps = case.json.lr_per_step.len();
     for (index, lr) in case.json.lr_per_step.iter().enumerate() {
-        let step = Step { seed: 0, epoch: 0, epochs: 1, index, steps };
+        let step = Step {
+            seed: 0,
+            epoch: 0,
+            epochs: 1,
+            index,
+            steps,
+        };
         let (loss, gradients) = gradients(objective, clip, batch, step)?;
         losses.push(f64::from(loss.total.to_scalar::<f32>()?));
         if index == 0 {
@@ -37,7 +45,9 @@ pub(crate) fn train<O: Objective>(
                 let key = format!("expect.grad.{name}");
                 match (gradient, case.get(&key)) {
                     (Some(gradient), _) => check.tensor(case, &key, gradient, START)?,
-                    (None, Some(expected)) => check.tensor(case, &key, &expected.zeros_like()?, START)?,
+                    (None, Some(expected)) => {
+                        check.tensor(case, &key, &expected.zeros_like()?, START)?
+                    }
                     (None, None) => {}
                 }
             }
@@ -69,23 +79,37 @@ struct ScheduleJson {
 
 /// The case's learning rates follow from its schedule.
 fn schedule(case: &Case, check: &mut Check) -> Result<()> {
-    let Some(json) = case.json.config.get("schedule") else { return Ok(()) };
+    let Some(json) = case.json.config.get("schedule") else {
+        return Ok(());
+    };
     let json = ScheduleJson::deserialize(json).context("config.schedule")?;
     let decay = match (json.lr_scheduler.as_str(), json.gamma) {
-        ("cosine", _) => Decay::Cosine,
-        ("multi_step", Some(gamma)) => Decay::MultiStep { milestones: json.stepsize, gamma },
+        ("cosine", _) => Decay::Cosine {},
+        ("multi_step", Some(gamma)) => Decay::MultiStep {
+            milestones: json.stepsize,
+            gamma,
+        },
         (other, _) => bail!("config.schedule.lr_scheduler `{other}` is unknown here"),
     };
     let low = json.warmup_cons_lr.unwrap_or(1e-5);
     let warmup = match (json.warmup_type.as_deref(), json.warmup_epoch) {
-        (_, 0) => Warmup::None,
+        (_, 0) => Warmup::None {},
         (Some("constant"), epochs) => Warmup::Constant { epochs, lr: low },
-        (Some("linear"), epochs) => Warmup::Linear { epochs, min_lr: low },
+        (Some("linear"), epochs) => Warmup::Linear {
+            epochs,
+            min_lr: low,
+        },
         (other, _) => bail!("config.schedule.warmup_type {other:?} is unknown here"),
     };
     let schedule = Schedule { decay, warmup };
     let rates: Vec<f64> = (0..case.json.lr_per_step.len())
-        .map(|step| schedule.rate(json.lr, step / json.batches_per_epoch.max(1), json.max_epoch))
+        .map(|step| {
+            schedule.rate(
+                json.lr,
+                step / json.batches_per_epoch.max(1),
+                json.max_epoch,
+            )
+        })
         .collect();
     check.numbers("lr_per_step", &rates, &case.json.lr_per_step, 1e-9);
     Ok(())

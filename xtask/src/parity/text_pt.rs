@@ -20,7 +20,9 @@ use super::objective;
 pub(crate) fn padded(tokens: &[Vec<u32>], length: usize) -> Result<Tensor> {
     let ids = tokens.iter().flat_map(|row| {
         let row = row.iter().map(|&id| i64::from(id));
-        row.chain(std::iter::repeat(0)).take(length).collect::<Vec<_>>()
+        row.chain(std::iter::repeat(0))
+            .take(length)
+            .collect::<Vec<_>>()
     });
     Ok(Tensor::from_iter(ids, &Device::Cpu)?.reshape((tokens.len(), length))?)
 }
@@ -43,7 +45,10 @@ struct ZeroShotCase {
 pub(crate) fn zeroshot(case: &Case, models: &mut Models, check: &mut Check) -> Result<()> {
     let clip = models.of(case)?;
     let json: ZeroShotCase = case.config()?;
-    let config = ZeroShotConfig { templates: json.templates.clone(), ..ZeroShotConfig::default() };
+    let config = ZeroShotConfig {
+        templates: json.templates.clone(),
+        ..ZeroShotConfig::default()
+    };
     // Where the case names the authors' data set, our own tables must give the same sentences.
     if let Some(dataset) = json.dataset {
         let ensemble = match (json.ensemble, json.templates.len()) {
@@ -51,7 +56,8 @@ pub(crate) fn zeroshot(case: &Case, models: &mut Models, check: &mut Check) -> R
             (true, 80) => Some("imagenet80"),
             (true, _) => Some("select7"),
         };
-        let own = ZeroShotConfig::read(&json!({"dataset": dataset, "ensemble": ensemble}))?.resolve()?;
+        let own =
+            ZeroShotConfig::read(&json!({"dataset": dataset, "ensemble": ensemble}))?.resolve()?;
         let failure = (own != json.templates).then(|| format!("our templates are {own:?}"));
         check.record("config.templates", 0.0, failure);
     }
@@ -98,7 +104,12 @@ pub(crate) fn coop(case: &Case, models: &mut Models, check: &mut Check) -> Resul
         Some(words) => {
             let fresh = CoOp::new(&config, &clip, &classes, 0)?;
             let ctx = fresh.params().tensors().remove(0).1;
-            check.numbers("init.ctx", &super::check::values(&ctx)?, &super::check::values(case.tensor("init.ctx")?)?, 0.0);
+            check.numbers(
+                "init.ctx",
+                &super::check::values(&ctx)?,
+                &super::check::values(case.tensor("init.ctx")?)?,
+                0.0,
+            );
             words.replace('_', " ")
         }
         None => cliptune_core::prompt::placeholder(json.n_ctx),
@@ -116,11 +127,23 @@ pub(crate) fn coop(case: &Case, models: &mut Models, check: &mut Check) -> Resul
     if let Some(checkpoint) = &json.checkpoint {
         // The expectations of a released checkpoint belong to its state, not to the start.
         let state = read_torch_state(&case.path.join(checkpoint))?;
-        check.record("config.epoch", 0.0, (state.epoch != json.epoch).then(|| format!("epoch {:?}", state.epoch)));
+        check.record(
+            "config.epoch",
+            0.0,
+            (state.epoch != json.epoch).then(|| format!("epoch {:?}", state.epoch)),
+        );
         for (key, tensor) in &state.tensors {
             check.tensor(case, &format!("expect.state.{key}"), tensor, 0.0)?;
         }
-        compare_tokens(case, &clip, &tokens, &words, json.n_ctx, "expect.state", check)?;
+        compare_tokens(
+            case,
+            &clip,
+            &tokens,
+            &words,
+            json.n_ctx,
+            "expect.state",
+            check,
+        )?;
         let settings = json!({"class_token_position": json.class_token_position});
         let imported = CoOp::import(&state, &settings, &clip, &classes)?;
         check.tensor(case, "expect.logits", &logits(&imported, &classes)?, START)?;
@@ -128,22 +151,50 @@ pub(crate) fn coop(case: &Case, models: &mut Models, check: &mut Check) -> Resul
             let other = logits(&imported, &Classes::new(names)?)?;
             check.tensor(case, "expect.logits_new_classes", &other, START)?;
         }
-        let batch = Batch { images: &images, labels: &labels, classes: &tokens };
+        let batch = Batch {
+            images: &images,
+            labels: &labels,
+            classes: &tokens,
+        };
         return objective::train(case, &clip, &mut method, &batch, check);
     }
 
-    check.tensor(case, "expect.text_features", &method.text_features(&clip, &tokens)?, START)?;
+    check.tensor(
+        case,
+        "expect.text_features",
+        &method.text_features(&clip, &tokens)?,
+        START,
+    )?;
     let before = logits(&method, &classes)?;
     check.tensor(case, "expect.logits", &before, START)?;
     check.list(case, "expect.acc", &[accuracy(&before, &labels)?], 1e-6)?;
-    let batch = Batch { images: &images, labels: &labels, classes: &tokens };
-    let step = Step { seed: 0, epoch: 0, epochs: 1, index: 0, steps: 1 };
-    let Loss { logits: Some(training), .. } = method.loss(&clip, &batch, step)? else {
+    let batch = Batch {
+        images: &images,
+        labels: &labels,
+        classes: &tokens,
+    };
+    let step = Step {
+        seed: 0,
+        epoch: 0,
+        epochs: 1,
+        index: 0,
+        steps: 1,
+    };
+    let Loss {
+        logits: Some(training),
+        ..
+    } = method.loss(&clip, &batch, step)?
+    else {
         anyhow::bail!("the loss holds no logits");
     };
     check.tensor(case, "expect.logits", &training, START)?;
     objective::train(case, &clip, &mut method, &batch, check)?;
-    check.tensor(case, "expect.logits_after", &logits(&method, &classes)?, AFTER)
+    check.tensor(
+        case,
+        "expect.logits_after",
+        &logits(&method, &classes)?,
+        AFTER,
+    )
 }
 
 /// Compares our tokens with the case's, and the embeddings of the tokens around the context with the authors' buffers.
@@ -162,8 +213,16 @@ fn compare_tokens(
     let lens = Tensor::from_iter(classes.name_lens().iter().map(|&n| n as i64), &Device::Cpu)?;
     check.tensor(case, "input.name_lens", &lens, 0.0)?;
     let flat = ids.flatten_all()?.to_dtype(DType::U32)?.to_vec1::<u32>()?;
-    let embedded = clip.text().embed(&flat)?.reshape((classes.len(), length, clip.text().width()))?;
-    check.tensor(case, &format!("{prefix}.token_prefix"), &embedded.narrow(1, 0, 1)?, 0.0)?;
+    let embedded =
+        clip.text()
+            .embed(&flat)?
+            .reshape((classes.len(), length, clip.text().width()))?;
+    check.tensor(
+        case,
+        &format!("{prefix}.token_prefix"),
+        &embedded.narrow(1, 0, 1)?,
+        0.0,
+    )?;
     let suffix = embedded.narrow(1, 1 + n_ctx, length - 1 - n_ctx)?;
     check.tensor(case, &format!("{prefix}.token_suffix"), &suffix, 0.0)
 }

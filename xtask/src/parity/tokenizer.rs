@@ -49,13 +49,25 @@ pub(crate) fn run(case: &Case, _: &mut Models, check: &mut Check) -> Result<()> 
     for case in &file.cases {
         compare("ids", &case.text, tokenizer.encode(&case.text) == case.ids);
         // `cleaned` is given where it differs from the text.
-        compare("cleaned", &case.text, clean(&case.text) == *case.cleaned.as_ref().unwrap_or(&case.text));
-        compare("fits", &case.text, tokenizer.tokenize(&case.text, 77).is_ok() == case.fits);
+        compare(
+            "cleaned",
+            &case.text,
+            clean(&case.text) == *case.cleaned.as_ref().unwrap_or(&case.text),
+        );
+        compare(
+            "fits",
+            &case.text,
+            tokenizer.tokenize(&case.text, 77).is_ok() == case.fits,
+        );
         let eot = tokenizer.tokenize_truncated(&case.text, 77).len() - 1;
         compare("eot", &case.text, eot == case.eot);
     }
     for case in &file.length {
-        compare("n_tokens", &case.text, tokenizer.encode(&case.text).len() + 2 == case.n_tokens);
+        compare(
+            "n_tokens",
+            &case.text,
+            tokenizer.encode(&case.text).len() + 2 == case.n_tokens,
+        );
         let mut truncated = tokenizer.tokenize_truncated(&case.text, case.context_length);
         truncated.resize(case.context_length, 0);
         compare("truncated", &case.text, truncated == case.truncated);
@@ -63,7 +75,11 @@ pub(crate) fn run(case: &Case, _: &mut Models, check: &mut Check) -> Result<()> 
         compare("error", &case.text, refused == case.error.is_some());
     }
     for case in &file.decode {
-        compare("decode", &case.text, tokenizer.decode(&case.ids) == case.text);
+        compare(
+            "decode",
+            &case.text,
+            tokenizer.decode(&case.ids) == case.text,
+        );
     }
     Ok(())
 }
