@@ -83,7 +83,7 @@ struct CoOpCase {
     class_token_position: ClassTokenPosition,
     new_classnames: Option<Vec<String>>,
     checkpoint: Option<String>,
-    epoch: Option<i64>,
+    epoch: Option<usize>,
 }
 
 pub(crate) fn coop(case: &Case, models: &mut Models, check: &mut Check) -> Result<()> {
