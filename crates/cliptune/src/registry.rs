@@ -37,10 +37,7 @@ pub fn find(slug: &str) -> Result<Entry> {
 }
 
 /// The candidate that differs from `found` by a slip of the fingers at most.
-pub fn closest<'a>(
-    found: &str,
-    candidates: impl IntoIterator<Item = &'a str>,
-) -> Option<&'a str> {
+pub fn closest<'a>(found: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let plain = |text: &str| text.to_lowercase().replace(['-', ' '], "_");
     let found = plain(found);
     let distance = |candidate: &str| strsim::osa_distance(&found, &plain(candidate));

@@ -52,8 +52,7 @@ impl Convert {
             StorageName::F16 => DType::F16,
             StorageName::Bf16 => DType::BF16,
         });
-        let checkpoint =
-            Checkpoint::open(&self.clip).context("the CLIP weights cannot be used")?;
+        let checkpoint = Checkpoint::open(&self.clip).context("the CLIP weights cannot be used")?;
         checkpoint
             .save(layout, dtype, &self.out)
             .context("the weights cannot be written")?;

@@ -36,7 +36,10 @@ impl Describe {
                 "imports_authors_checkpoints": entry.import.is_some(),
                 "settings": (entry.defaults)(),
             });
-            return out::result(&format!("{}\n", serde_json::to_string_pretty(&description)?));
+            return out::result(&format!(
+                "{}\n",
+                serde_json::to_string_pretty(&description)?
+            ));
         }
         out::result(&describe(&entry, out::width())?)
     }
@@ -74,10 +77,18 @@ fn describe(entry: &Entry, width: usize) -> Result<String> {
     ];
     for (name, fact) in facts {
         let lines = wrap(fact, width.saturating_sub(15).max(20));
-        writeln!(text, "{name:<13}  {}", lines.join(&format!("\n{}", " ".repeat(15))))?;
+        writeln!(
+            text,
+            "{name:<13}  {}",
+            lines.join(&format!("\n{}", " ".repeat(15)))
+        )?;
     }
-    text.push_str("\nSettings with their defaults, for the file that `cliptune fit --config` reads\n");
-    text.push_str("(on the command line: --set KEY=VALUE, with dots: --set train.optimizer.kind=adam):\n\n");
+    text.push_str(
+        "\nSettings with their defaults, for the file that `cliptune fit --config` reads\n",
+    );
+    text.push_str(
+        "(on the command line: --set KEY=VALUE, with dots: --set train.optimizer.kind=adam):\n\n",
+    );
     text.push_str("[config]\n");
     settings(&mut text, "config", &(entry.defaults)())?;
     Ok(text)

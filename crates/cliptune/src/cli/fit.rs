@@ -55,7 +55,12 @@ pub(crate) struct Fit {
     #[arg(long, help_heading = "Data")]
     skip_bad_images: bool,
     /// Folder for encoded images [default: the user's cache folder]
-    #[arg(long, value_name = "DIR", help_heading = "Data", conflicts_with = "no_cache")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        help_heading = "Data",
+        conflicts_with = "no_cache"
+    )]
     cache: Option<PathBuf>,
     /// Keep encoded images in memory only
     #[arg(long, help_heading = "Data")]
@@ -111,13 +116,29 @@ impl Fit {
         };
         let needed = |flag: Option<&PathBuf>, key: Option<&PathBuf>, name: &str, what: &str| {
             flag.or(key).cloned().ok_or_else(|| {
-                anyhow!("--{name} is missing: {what}; give the flag, or `{name}` in a --config file")
+                anyhow!(
+                    "--{name} is missing: {what}; give the flag, or `{name}` in a --config file"
+                )
             })
         };
-        let clip = needed(self.clip.as_ref(), file.clip.as_ref(), "clip", "the CLIP weights")?;
-        let images =
-            needed(self.images.as_ref(), file.images.as_ref(), "images", "the labelled images")?;
-        let out = needed(self.out.as_ref(), file.out.as_ref(), "out", "the prompt file to write")?;
+        let clip = needed(
+            self.clip.as_ref(),
+            file.clip.as_ref(),
+            "clip",
+            "the CLIP weights",
+        )?;
+        let images = needed(
+            self.images.as_ref(),
+            file.images.as_ref(),
+            "images",
+            "the labelled images",
+        )?;
+        let out = needed(
+            self.out.as_ref(),
+            file.out.as_ref(),
+            "out",
+            "the prompt file to write",
+        )?;
         let slug = self.method.as_ref().or(file.method.as_ref()).ok_or_else(|| {
             anyhow!("--method is missing: what to learn; `cliptune list` shows the methods, `coop` is a good start")
         })?;
@@ -139,9 +160,8 @@ impl Fit {
             flags.push(Setting::from_alias("--batch", "train.batch_size", batch));
         }
         let method = configure(&entry, &file.settings, &flags)?;
-        let every = Duration::try_from_secs_f64(self.checkpoint_every).map_err(|e| {
-            anyhow!("--checkpoint-every {}: {e}", self.checkpoint_every)
-        })?;
+        let every = Duration::try_from_secs_f64(self.checkpoint_every)
+            .map_err(|e| anyhow!("--checkpoint-every {}: {e}", self.checkpoint_every))?;
         out::check_writable(&out)?;
         let mut checkpoint = out.clone().into_os_string();
         checkpoint.push(".ckpt");
@@ -199,11 +219,13 @@ impl Plan {
             &mut Show::new(self.quiet),
         )?;
         let draw = data.draw(self.shots, self.seed)?;
-        draw.labelled.check().with_context(|| self.images.display().to_string())?;
-        self.say(format_args!("data      {}", data.in_words()));
-        self.say(format_args!("drawn     {}", draw.in_words(self.shots, self.seed)));
-        for shortage in &draw.shortages {
-            self.say(format_args!("warning   {shortage}"));
+        data.in_words().into_iter().for_each(|line| self.say(line));
+        self.say(format_args!(
+            "drawn     {}",
+            draw.in_words(self.shots, self.seed)
+        ));
+        for warning in &draw.warnings {
+            self.say(format_args!("warning   {warning}"));
         }
         if self.fresh && self.checkpoint.path.exists() {
             let path = &self.checkpoint.path;
@@ -247,11 +269,18 @@ impl Plan {
         if self.checkpoint.path.exists() {
             let path = &self.checkpoint.path;
             std::fs::remove_file(path).with_context(|| {
-                format!("the prompt is written, but {} cannot be removed", path.display())
+                format!(
+                    "the prompt is written, but {} cannot be removed",
+                    path.display()
+                )
             })?;
         }
 
-        let learned: usize = predictor.tensors().iter().map(|(_, t)| t.elem_count()).sum();
+        let learned: usize = predictor
+            .tensors()
+            .iter()
+            .map(|(_, t)| t.elem_count())
+            .sum();
         let mut accuracy = format!("train {train_accuracy:.1} %");
         if let Some(val) = val_accuracy {
             accuracy.push_str(&format!(", val {val:.1} %"));
@@ -260,7 +289,10 @@ impl Plan {
             accuracy.push_str(&format!(" (epoch {kept} of {epochs})"));
         }
         self.say(format_args!("accuracy  {accuracy}"));
-        self.say(format_args!("time      {}", duration(started.elapsed().as_secs_f64())));
+        self.say(format_args!(
+            "time      {}",
+            duration(started.elapsed().as_secs_f64())
+        ));
         self.say(format_args!(
             "wrote     {} ({}, {learned} learned numbers)",
             self.out.display(),
@@ -287,10 +319,22 @@ impl Plan {
     /// Encodes once what is seen again and again.
     fn encode(&self, clip: &Clip, labelled: &Labelled) -> Result<Labelled> {
         let needs = self.entry.needs;
-        let recipe = self.method.config().get("train").map(recipe_of).transpose()?;
+        let recipe = self
+            .method
+            .config()
+            .get("train")
+            .map(recipe_of)
+            .transpose()?;
         let views = recipe.and_then(|recipe| train::views_to_prepare(&recipe, needs, self.seed));
         let mut show = Show::new(self.quiet);
-        data::encode(clip, labelled, needs, views.as_deref().unwrap_or(&[]), &self.cache, &mut show)
+        data::encode(
+            clip,
+            labelled,
+            needs,
+            views.as_deref().unwrap_or(&[]),
+            &self.cache,
+            &mut show,
+        )
     }
 
     fn train(&self, clip: &Clip, labelled: &Labelled) -> Result<Box<dyn Predictor>> {
@@ -322,12 +366,13 @@ fn accuracies(
     data: &Labelled,
 ) -> Result<(f64, Option<f64>)> {
     let val = match &data.val {
-        Some(val) if !val.is_empty() => {
-            Some(train::accuracy(predictor, clip, val, &data.classes)?)
-        }
+        Some(val) if !val.is_empty() => Some(train::accuracy(predictor, clip, val, &data.classes)?),
         _ => None,
     };
-    Ok((train::accuracy(predictor, clip, &data.train, &data.classes)?, val))
+    Ok((
+        train::accuracy(predictor, clip, &data.train, &data.classes)?,
+        val,
+    ))
 }
 
 /// The first interrupt ends the training after the step in hand, the second ends the program.

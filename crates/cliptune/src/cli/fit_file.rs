@@ -47,7 +47,12 @@ impl FitFile {
         let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
         let mut file = Self::parse(&text, &path.display().to_string())?;
         let folder = path.parent().unwrap_or(Path::new(""));
-        for relative in [&mut file.clip, &mut file.images, &mut file.out, &mut file.cache] {
+        for relative in [
+            &mut file.clip,
+            &mut file.images,
+            &mut file.out,
+            &mut file.cache,
+        ] {
             if let Some(path) = relative {
                 *path = folder.join(&path);
             }
@@ -63,7 +68,10 @@ impl FitFile {
         let mut file: Self = toml::from_str(text).map_err(refuse)?;
         let lines = DeTable::parse(text).map_err(refuse)?.into_inner();
         let aliases = [
-            ("epochs", file.epochs.map(|n| toml::Value::Integer(n as i64))),
+            (
+                "epochs",
+                file.epochs.map(|n| toml::Value::Integer(n as i64)),
+            ),
             ("lr", file.lr.map(toml::Value::Float)),
             ("batch", file.batch.map(|n| toml::Value::Integer(n as i64))),
         ];
@@ -73,17 +81,24 @@ impl FitFile {
             let at = line_of(text, &lines, &[key.to_owned()]);
             let origin = format!("{name}:{at}: {key} = {value}");
             let path = vec!["train".to_owned(), setting.to_owned()];
-            file.settings.push(Setting::from_file(path, &value, origin)?);
+            file.settings
+                .push(Setting::from_file(path, &value, origin)?);
         }
         if let Some(config) = file.config.take() {
-            leaves(&toml::Value::Table(config), &mut Vec::new(), &mut |path, value| {
-                let full: Vec<String> =
-                    std::iter::once("config".to_owned()).chain(path.iter().cloned()).collect();
-                let at = line_of(text, &lines, &full);
-                let origin = format!("{name}:{at}: {} = {value}", full.join("."));
-                file.settings.push(Setting::from_file(path.to_vec(), value, origin)?);
-                Ok(())
-            })?;
+            leaves(
+                &toml::Value::Table(config),
+                &mut Vec::new(),
+                &mut |path, value| {
+                    let full: Vec<String> = std::iter::once("config".to_owned())
+                        .chain(path.iter().cloned())
+                        .collect();
+                    let at = line_of(text, &lines, &full);
+                    let origin = format!("{name}:{at}: {} = {value}", full.join("."));
+                    file.settings
+                        .push(Setting::from_file(path.to_vec(), value, origin)?);
+                    Ok(())
+                },
+            )?;
         }
         Ok(file)
     }
@@ -107,7 +122,11 @@ fn leaves(
 
 /// Line of a byte range, counted from 1.
 fn line(text: &str, span: &Range<usize>) -> usize {
-    1 + text.bytes().take(span.start).filter(|byte| *byte == b'\n').count()
+    1 + text
+        .bytes()
+        .take(span.start)
+        .filter(|byte| *byte == b'\n')
+        .count()
 }
 
 /// Line on which the deepest known part of `path` is written.
@@ -139,14 +158,19 @@ mod tests {
         let shown = format!("{:?}", file.settings);
         assert!(shown.contains("fit.toml:8: batch = 8"), "{shown}");
         assert!(shown.contains("fit.toml:11: config.n_ctx = 4"), "{shown}");
-        assert!(shown.contains("fit.toml:14: config.train.optimizer.kind = "), "{shown}");
+        assert!(
+            shown.contains("fit.toml:14: config.train.optimizer.kind = "),
+            "{shown}"
+        );
         Ok(())
     }
 
     #[test]
     fn refusals_name_the_line() {
         let message = |text: &str| FitFile::parse(text, "fit.toml").unwrap_err().to_string();
-        assert!(message("seed = 1\nshoots = 4\n").starts_with("fit.toml:2: unknown field `shoots`"));
+        assert!(
+            message("seed = 1\nshoots = 4\n").starts_with("fit.toml:2: unknown field `shoots`")
+        );
         assert!(message("seed = 1\n\nshots = \"x\"").starts_with("fit.toml:3: invalid type"));
         assert!(message("seed = 1\n[config\n").starts_with("fit.toml:2: "));
         assert!(message("subset = \"old\"").contains("base"));

@@ -27,7 +27,12 @@ pub(crate) struct Import {
     #[arg(long, value_name = "FILE")]
     checkpoint: PathBuf,
     /// Class names it was trained on: a file with one name a line, or names with commas
-    #[arg(long, value_name = "NAMES", required_unless_present = "images", conflicts_with = "images")]
+    #[arg(
+        long,
+        value_name = "NAMES",
+        required_unless_present = "images",
+        conflicts_with = "images"
+    )]
     classes: Option<String>,
     /// Data it was trained on, for the class names
     #[arg(long, value_name = "DIR")]
@@ -59,25 +64,37 @@ impl Import {
                 able.join(", ")
             );
         };
-        let flags: Vec<Setting> =
-            self.set.iter().map(|set| Setting::from_flag(set)).collect::<Result<_>>()?;
+        let flags: Vec<Setting> = self
+            .set
+            .iter()
+            .map(|set| Setting::from_flag(set))
+            .collect::<Result<_>>()?;
         let settings = configure(&entry, &[], &flags)?.config();
         let classes = match (&self.classes, &self.images) {
             (Some(given), _) => read_classes(given)?,
             (None, Some(images)) => data::class_names(images, self.subset.unwrap_or_default())?,
-            (None, None) => bail!("--classes or --images is needed: the checkpoint holds no class names"),
+            (None, None) => {
+                bail!("--classes or --images is needed: the checkpoint holds no class names")
+            }
         };
         out::check_writable(&self.out)?;
-        let state =
-            read_torch_state(&self.checkpoint).context("the checkpoint cannot be read")?;
+        let state = read_torch_state(&self.checkpoint).context("the checkpoint cannot be read")?;
         let clip = self.model.load()?;
         let Imported { config, predictor } = import(&state, &settings, &clip, &classes)
             .with_context(|| format!("{}: does not fit", self.checkpoint.display()))?;
         let notes = json!({"imported_from": entry.paper.code, "epoch": state.epoch});
         let seed = 0;
-        PromptFile::new(entry.slug, config, &clip, &classes, seed, notes, predictor.as_ref())
-            .save(&self.out)
-            .context("the prompt cannot be written")?;
+        PromptFile::new(
+            entry.slug,
+            config,
+            &clip,
+            &classes,
+            seed,
+            notes,
+            predictor.as_ref(),
+        )
+        .save(&self.out)
+        .context("the prompt cannot be written")?;
         if !self.model.machine.quiet {
             out::say(format_args!(
                 "wrote     {} ({} for {} classes)",

@@ -51,8 +51,11 @@ fn weights(path: &Path) -> Result<Value> {
 
 fn prompt(path: &Path) -> Result<Value> {
     let file = PromptFile::load(path).context("the prompt cannot be used")?;
-    let tensors: serde_json::Map<String, Value> =
-        file.tensors.iter().map(|(name, t)| (name.clone(), json!(t.dims()))).collect();
+    let tensors: serde_json::Map<String, Value> = file
+        .tensors
+        .iter()
+        .map(|(name, t)| (name.clone(), json!(t.dims())))
+        .collect();
     Ok(json!({
         "method": file.method,
         "config": file.config,

@@ -11,6 +11,7 @@ mod inspect;
 mod list;
 mod model;
 mod out;
+mod pending;
 mod predict;
 mod predictor;
 mod progress;
@@ -91,7 +92,12 @@ mod tests {
 
     #[test]
     fn causes_follow_once() {
-        let error = anyhow::anyhow!("disk full").context("a.txt: disk full").context("cannot save");
-        assert_eq!(explain(&error), "error: cannot save\n  because: a.txt: disk full");
+        let error = anyhow::anyhow!("disk full")
+            .context("a.txt: disk full")
+            .context("cannot save");
+        assert_eq!(
+            explain(&error),
+            "error: cannot save\n  because: a.txt: disk full"
+        );
     }
 }

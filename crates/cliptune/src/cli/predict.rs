@@ -112,7 +112,10 @@ impl Predict {
             }
         })?;
         if work.bad > 0 && !self.model.machine.quiet {
-            out::say(format_args!("{} images could not be read and were left out", work.bad));
+            out::say(format_args!(
+                "{} images could not be read and were left out",
+                work.bad
+            ));
         }
         Ok(())
     }
@@ -135,7 +138,8 @@ impl Work<'_> {
         // One batch is over before a bar could be read.
         let show_bar = indices.len() > BATCH;
         if show_bar {
-            self.show.start("classifying images", 0, indices.len() as u64);
+            self.show
+                .start("classifying images", 0, indices.len() as u64);
         }
         let mut done = 0;
         for indices in indices.chunks(BATCH) {
@@ -157,7 +161,9 @@ impl Work<'_> {
     /// Those of `indices` that can be read; the others are counted and named.
     fn readable(&mut self, indices: &[usize]) -> Vec<usize> {
         let read = |indices: &[usize]| {
-            self.source.pixels(indices, self.clip.preprocess(), View::Fixed).map(drop)
+            self.source
+                .pixels(indices, self.clip.preprocess(), View::Fixed)
+                .map(drop)
         };
         if read(indices).is_ok() {
             return indices.to_vec();
@@ -200,7 +206,10 @@ impl Work<'_> {
 
 fn softmax(logits: &[f32]) -> Vec<f64> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let exps: Vec<f64> = logits.iter().map(|&x| (f64::from(x) - f64::from(max)).exp()).collect();
+    let exps: Vec<f64> = logits
+        .iter()
+        .map(|&x| (f64::from(x) - f64::from(max)).exp())
+        .collect();
     let sum: f64 = exps.iter().sum();
     exps.into_iter().map(|x| x / sum).collect()
 }
@@ -213,7 +222,12 @@ fn table(out: &mut dyn Write, classes: &Classes, predictions: &[Prediction]) -> 
     for Prediction { image, top } in predictions {
         writeln!(out, "{image}")?;
         for (label, probability) in top {
-            writeln!(out, "  {:5.1} %  {}", 100.0 * probability, name(classes, *label))?;
+            writeln!(
+                out,
+                "  {:5.1} %  {}",
+                100.0 * probability,
+                name(classes, *label)
+            )?;
         }
     }
     Ok(out.flush()?)
@@ -224,7 +238,9 @@ fn csv(out: &mut dyn Write, classes: &Classes, predictions: &[Prediction]) -> Re
     for Prediction { image, top } in predictions {
         for (rank, (label, probability)) in top.iter().enumerate() {
             let (rank, probability) = ((rank + 1).to_string(), format!("{probability:.6}"));
-            writer.write_record([image, &rank, name(classes, *label), &probability]).map_err(io)?;
+            writer
+                .write_record([image, &rank, name(classes, *label), &probability])
+                .map_err(io)?;
         }
     }
     Ok(writer.flush()?)

@@ -52,7 +52,11 @@ impl PredictorArgs {
         let entry = registry::find("zeroshot")?;
         let mut flags = Vec::new();
         if !self.template.is_empty() {
-            flags.push(Setting::from_alias("--template", "templates", self.template.clone()));
+            flags.push(Setting::from_alias(
+                "--template",
+                "templates",
+                self.template.clone(),
+            ));
         }
         if let Some(name) = &self.ensemble {
             flags.push(Setting::from_alias("--ensemble", "ensemble", name.as_str()));
@@ -107,16 +111,32 @@ pub(crate) fn read_classes(given: &str) -> Result<Classes> {
         path.extension().is_some_and(|e| e == "txt") || given.contains(std::path::MAIN_SEPARATOR);
     let names: Vec<String> = if path.is_file() {
         let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-        let lines: Vec<&str> = text.trim_start_matches('\u{feff}').lines().map(str::trim).collect();
-        let end = lines.iter().rposition(|line| !line.is_empty()).map_or(0, |last| last + 1);
+        let lines: Vec<&str> = text
+            .trim_start_matches('\u{feff}')
+            .lines()
+            .map(str::trim)
+            .collect();
+        let end = lines
+            .iter()
+            .rposition(|line| !line.is_empty())
+            .map_or(0, |last| last + 1);
         if let Some(empty) = lines.iter().take(end).position(|line| line.is_empty()) {
-            bail!("{}:{}: empty line; expected one class name a line", path.display(), empty + 1);
+            bail!(
+                "{}:{}: empty line; expected one class name a line",
+                path.display(),
+                empty + 1
+            );
         }
         lines.into_iter().take(end).map(str::to_owned).collect()
     } else if looks_like_a_file && !given.contains(',') {
-        bail!("--classes {given}: there is no such file; expected a file with one name a line, or names with commas");
+        bail!(
+            "--classes {given}: there is no such file; expected a file with one name a line, or names with commas"
+        );
     } else {
-        given.split(',').map(|name| name.trim().to_owned()).collect()
+        given
+            .split(',')
+            .map(|name| name.trim().to_owned())
+            .collect()
     };
     Classes::new(names).with_context(|| format!("--classes {given}"))
 }
@@ -129,12 +149,19 @@ mod tests {
     fn class_names_come_from_a_file_or_a_list() -> Result<()> {
         let folder = tempfile::tempdir()?;
         let path = folder.path().join("names.txt");
-        cliptune::files::write_atomically(&path, |out| out.write_all("\u{feff}daisy\r\nblue, big tit\n\n".as_bytes()))?;
+        cliptune::files::write_atomically(&path, |out| {
+            out.write_all("\u{feff}daisy\r\nblue, big tit\n\n".as_bytes())
+        })?;
         let path = path.display().to_string();
         assert_eq!(read_classes(&path)?.names(), ["daisy", "blue, big tit"]);
         assert_eq!(read_classes("daisy, tulip")?.names(), ["daisy", "tulip"]);
         assert!(read_classes("daisy,,tulip").is_err());
-        assert!(read_classes("absent.txt").unwrap_err().to_string().contains("no such file"));
+        assert!(
+            read_classes("absent.txt")
+                .unwrap_err()
+                .to_string()
+                .contains("no such file")
+        );
         Ok(())
     }
 }

@@ -157,7 +157,8 @@ impl Log {
             return;
         }
         (self.tenth, self.last) = (tenth, Instant::now());
-        let speed = done.saturating_sub(self.first) as f64 / self.started.elapsed().as_secs_f64().max(1e-9);
+        let speed =
+            done.saturating_sub(self.first) as f64 / self.started.elapsed().as_secs_f64().max(1e-9);
         let left = self.total.saturating_sub(done) as f64 / speed.max(1e-9);
         let left = match done < self.total {
             true => format!(", {} left", duration(left)),
@@ -192,8 +193,13 @@ mod tests {
 
     #[test]
     fn lengths_of_time_are_said_as_people_say_them() {
-        let said: Vec<String> =
-            [0.04, 9.96, 59.6, 61.0, 7260.0].into_iter().map(duration).collect();
-        assert_eq!(said, ["0.0 s", "10.0 s", "1 min 0 s", "1 min 1 s", "2 h 1 min"]);
+        let said: Vec<String> = [0.04, 9.96, 59.6, 61.0, 7260.0]
+            .into_iter()
+            .map(duration)
+            .collect();
+        assert_eq!(
+            said,
+            ["0.0 s", "10.0 s", "1 min 0 s", "1 min 1 s", "2 h 1 min"]
+        );
     }
 }

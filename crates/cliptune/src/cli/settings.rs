@@ -22,7 +22,11 @@ impl Setting {
         let Some((key, value)) = text.split_once('=') else {
             bail!("{origin}: expected KEY=VALUE, for example --set n_ctx=4");
         };
-        let path: Vec<String> = key.trim().split('.').map(|part| part.trim().to_owned()).collect();
+        let path: Vec<String> = key
+            .trim()
+            .split('.')
+            .map(|part| part.trim().to_owned())
+            .collect();
         if path.iter().any(String::is_empty) {
             bail!("{origin}: the key is empty or has an empty part; expected KEY=VALUE");
         }
@@ -48,7 +52,11 @@ impl Setting {
     }
 
     /// A setting read from a file.
-    pub(crate) fn from_file(path: Vec<String>, value: &toml::Value, origin: String) -> Result<Self> {
+    pub(crate) fn from_file(
+        path: Vec<String>,
+        value: &toml::Value,
+        origin: String,
+    ) -> Result<Self> {
         let value = to_json(value, &origin)?;
         Ok(Self {
             path,
@@ -103,10 +111,15 @@ pub(crate) fn configure(
             list.remove(index);
             list
         };
-        let accepted =
-            |file: &[Setting], flags: &[Setting]| (entry.configure)(&layered(&defaults, file, flags)).is_ok();
-        let in_flags = (0..flags.len()).rev().find(|&i| accepted(file, &without(flags, i)));
-        let in_file = (0..file.len()).rev().find(|&i| accepted(&without(file, i), flags));
+        let accepted = |file: &[Setting], flags: &[Setting]| {
+            (entry.configure)(&layered(&defaults, file, flags)).is_ok()
+        };
+        let in_flags = (0..flags.len())
+            .rev()
+            .find(|&i| accepted(file, &without(flags, i)));
+        let in_file = (0..file.len())
+            .rev()
+            .find(|&i| accepted(&without(file, i), flags));
         let culprit = match (in_flags, in_file) {
             (Some(i), _) => flags.get(i),
             (None, Some(i)) => file.get(i),
@@ -132,7 +145,10 @@ fn in_words(error: &Error) -> String {
         ("expected u64", "expected a whole number"),
         ("expected f64", "expected a number"),
         ("expected a boolean", "expected true or false"),
-        ("expected internally tagged enum", "expected a table with a `kind`, as"),
+        (
+            "expected internally tagged enum",
+            "expected a table with a `kind`, as",
+        ),
     ] {
         message = message.replace(theirs, ours);
     }
@@ -160,7 +176,11 @@ fn insert(tree: &mut Value, path: &[String], value: &Value) {
         *tree = Value::Object(Map::new());
     }
     if let Value::Object(table) = tree {
-        insert(table.entry(first.clone()).or_insert(Value::Null), rest, value);
+        insert(
+            table.entry(first.clone()).or_insert(Value::Null),
+            rest,
+            value,
+        );
     }
 }
 
@@ -170,7 +190,10 @@ fn merge(base: &mut Value, over: &Value) {
         *base = over.clone();
         return;
     };
-    if over.get("kind").is_some_and(|kind| base.get("kind") != Some(kind)) {
+    if over
+        .get("kind")
+        .is_some_and(|kind| base.get("kind") != Some(kind))
+    {
         base.clear();
     }
     for (key, value) in over {
@@ -220,8 +243,10 @@ mod tests {
     use proptest::prelude::*;
 
     fn coop(sets: &[&str]) -> Result<Value> {
-        let flags: Vec<Setting> =
-            sets.iter().map(|set| Setting::from_flag(set)).collect::<Result<_>>()?;
+        let flags: Vec<Setting> = sets
+            .iter()
+            .map(|set| Setting::from_flag(set))
+            .collect::<Result<_>>()?;
         Ok(configure(&registry::find("coop")?, &[], &flags)?.config())
     }
 
@@ -243,7 +268,10 @@ mod tests {
 
     #[test]
     fn another_kind_starts_from_its_own_defaults() -> Result<()> {
-        let config = coop(&["train.optimizer.weight_decay=0.1", "train.optimizer.kind=adamw"])?;
+        let config = coop(&[
+            "train.optimizer.weight_decay=0.1",
+            "train.optimizer.kind=adamw",
+        ])?;
         let optimizer = &config["train"]["optimizer"];
         assert_eq!(optimizer["weight_decay"], 0.1);
         assert_eq!(optimizer["eps"], 1e-8);
@@ -253,27 +281,45 @@ mod tests {
 
     #[test]
     fn flags_win_over_the_file() -> Result<()> {
-        let file = [Setting::from_alias("x", "n_ctx", 8), Setting::from_alias("x", "train.lr", 0.5)];
+        let file = [
+            Setting::from_alias("x", "n_ctx", 8),
+            Setting::from_alias("x", "train.lr", 0.5),
+        ];
         let flags = [Setting::from_flag("n_ctx=4")?];
         let config = configure(&registry::find("coop")?, &file, &flags)?.config();
-        assert_eq!((&config["n_ctx"], &config["train"]["lr"]), (&4.into(), &0.5.into()));
+        assert_eq!(
+            (&config["n_ctx"], &config["train"]["lr"]),
+            (&4.into(), &0.5.into())
+        );
         Ok(())
     }
 
     #[test]
     fn refusals_name_what_was_written() {
         let message = |sets: &[&str]| coop(sets).unwrap_err().to_string();
-        assert!(message(&["n_ctxx=4"]).starts_with("--set n_ctxx=4: coop has no setting `n_ctxx`; did you mean `n_ctx`?"));
+        assert!(
+            message(&["n_ctxx=4"])
+                .starts_with("--set n_ctxx=4: coop has no setting `n_ctxx`; did you mean `n_ctx`?")
+        );
         assert!(message(&["train.bath_size=4"]).contains("did you mean `train.batch_size`?"));
-        assert!(message(&["n_ctx=abc", "train.lr=1"]).starts_with("--set n_ctx=abc: invalid type: string \"abc\", expected a whole number"));
+        assert!(
+            message(&["n_ctx=abc", "train.lr=1"]).starts_with(
+                "--set n_ctx=abc: invalid type: string \"abc\", expected a whole number"
+            )
+        );
         assert!(message(&["train.lr=1", "n_ctx=0"]).starts_with("--set n_ctx=0: "));
         assert!(message(&["train.lr=nan"]).contains("finite number"));
         assert!(message(&["n_ctx"]).contains("KEY=VALUE"));
         assert!(message(&["n_ctx="]).contains("value is missing"));
         assert!(message(&["a..b=1"]).contains("empty part"));
         assert!(message(&["ctx_init=\"a"]).contains("malformed"));
-        assert!(message(&["train.optimizer.kind=adam", "train.optimizer.momentum=0.9"]).contains("momentum"));
-        assert!(message(&["train.schedule.decay.kind=single_step"]).contains("missing field `step`"));
+        assert!(
+            message(&["train.optimizer.kind=adam", "train.optimizer.momentum=0.9"])
+                .contains("momentum")
+        );
+        assert!(
+            message(&["train.schedule.decay.kind=single_step"]).contains("missing field `step`")
+        );
     }
 
     proptest! {

@@ -37,7 +37,10 @@ impl Table {
         let n_columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let widest = |column: usize| {
             let cells = self.rows.iter().filter_map(|row| row.get(column));
-            cells.map(|cell| measure_text_width(cell)).max().unwrap_or(0)
+            cells
+                .map(|cell| measure_text_width(cell))
+                .max()
+                .unwrap_or(0)
         };
         let widths: Vec<usize> = (0..n_columns.saturating_sub(1)).map(widest).collect();
         let indent: usize = widths.iter().map(|width| width + GAP).sum();
@@ -89,9 +92,14 @@ mod tests {
     #[test]
     fn columns_line_up_and_the_last_one_wraps() {
         let mut table = Table::new(&["name", "n", "what"]).right(&[1]);
-        table.row(vec!["a".into(), "10".into(), "one two three four five six".into()]);
+        table.row(vec![
+            "a".into(),
+            "10".into(),
+            "one two three four five six".into(),
+        ]);
         table.row(vec!["äöü".into(), "9".into(), String::new()]);
-        let expected = "name   n  what\na     10  one two three four\n          five six\näöü    9\n";
+        let expected =
+            "name   n  what\na     10  one two three four\n          five six\näöü    9\n";
         assert_eq!(table.render(30), expected);
     }
 }
