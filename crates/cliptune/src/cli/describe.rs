@@ -108,7 +108,13 @@ fn settings(text: &mut String, path: &str, value: &Value) -> Result<()> {
     }
     for (key, value) in table.iter().filter(|(_, value)| value.is_object()) {
         let path = format!("{path}.{key}");
-        writeln!(text, "\n[{path}]")?;
+        // A table of tables needs no heading of its own.
+        if value
+            .as_object()
+            .is_some_and(|table| table.values().any(|v| !v.is_object()))
+        {
+            writeln!(text, "\n[{path}]")?;
+        }
         settings(text, &path, value)?;
     }
     Ok(())
