@@ -59,7 +59,12 @@ impl Checkpoint {
     ///
     /// # Errors
     /// A folder that exists and is not empty, a ResNet for transformers, a value beyond the range of `dtype`, and whatever the operating system refuses.
-    pub fn save(&self, layout: Layout, dtype: Option<candle_core::DType>, out: &Path) -> Result<()> {
+    pub fn save(
+        &self,
+        layout: Layout,
+        dtype: Option<candle_core::DType>,
+        out: &Path,
+    ) -> Result<()> {
         save::save(self, layout, dtype, out)
     }
 }

@@ -72,9 +72,11 @@ impl Graph {
     /// The value of a text key in a dict node.
     pub(super) fn get(&self, dict: NodeId, key: &str) -> Option<NodeId> {
         match self.node(dict) {
-            Node::Dict(entries) => {
-                entries.iter().rev().find(|(k, _)| self.text(*k) == Some(key)).map(|(_, v)| *v)
-            }
+            Node::Dict(entries) => entries
+                .iter()
+                .rev()
+                .find(|(k, _)| self.text(*k) == Some(key))
+                .map(|(_, v)| *v),
             _ => None,
         }
     }
@@ -117,16 +119,31 @@ pub(super) fn shorten(name: &str) -> String {
 /// Reads one pickle from the start of `bytes`; what follows its end is left alone.
 pub(super) fn parse(bytes: &[u8]) -> Result<Graph, String> {
     let bytes = bytes.get(..MAX_PICKLE).unwrap_or(bytes);
-    let mut machine = Machine { bytes, at: 0, nodes: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
+    let mut machine = Machine {
+        bytes,
+        at: 0,
+        nodes: Vec::new(),
+        stack: Vec::new(),
+        marks: Vec::new(),
+        memo: HashMap::new(),
+    };
     for _ in 0..MAX_OPS {
         let start = machine.at;
         match machine.step() {
             Ok(None) => {}
-            Ok(Some(root)) => return Ok(Graph { nodes: machine.nodes, root, consumed: machine.at }),
+            Ok(Some(root)) => {
+                return Ok(Graph {
+                    nodes: machine.nodes,
+                    root,
+                    consumed: machine.at,
+                });
+            }
             Err(message) => return Err(format!("{message} (byte {start} of the pickle)")),
         }
     }
-    Err(format!("the pickle has more than {MAX_OPS} instructions; no weights file needs as many"))
+    Err(format!(
+        "the pickle has more than {MAX_OPS} instructions; no weights file needs as many"
+    ))
 }
 
 struct Machine<'a> {
@@ -340,7 +357,11 @@ impl Machine<'_> {
                 let id = self.pop()?;
                 self.push(Node::Persistent(id));
             }
-            other => return Err(format!("pickle instruction 0x{other:02x} is not one that torch writes")),
+            other => {
+                return Err(format!(
+                    "pickle instruction 0x{other:02x} is not one that torch writes"
+                ));
+            }
         }
         Ok(None)
     }
@@ -369,7 +390,10 @@ impl Machine<'_> {
     }
 
     fn pop_mark(&mut self) -> Result<Vec<NodeId>, String> {
-        let height = self.marks.pop().ok_or("the pickle closes a mark that was never opened")?;
+        let height = self
+            .marks
+            .pop()
+            .ok_or("the pickle closes a mark that was never opened")?;
         // `pop` never goes below an open mark, so `height` is at most the stack's length.
         Ok(self.stack.split_off(height.min(self.stack.len())))
     }
@@ -381,7 +405,10 @@ impl Machine<'_> {
     }
 
     fn recall(&mut self, slot: usize) -> Result<(), String> {
-        let id = *self.memo.get(&slot).ok_or_else(|| format!("memo {slot} is used before it is set"))?;
+        let id = *self
+            .memo
+            .get(&slot)
+            .ok_or_else(|| format!("memo {slot} is used before it is set"))?;
         self.stack.push(id);
         Ok(())
     }
@@ -414,9 +441,15 @@ impl Machine<'_> {
     }
 
     fn take(&mut self, n: usize) -> Result<&[u8], String> {
-        let end = self.at.checked_add(n).filter(|&end| end <= self.bytes.len());
+        let end = self
+            .at
+            .checked_add(n)
+            .filter(|&end| end <= self.bytes.len());
         let end = end.ok_or("the pickle is truncated")?;
-        let piece = self.bytes.get(self.at..end).ok_or("the pickle is truncated")?;
+        let piece = self
+            .bytes
+            .get(self.at..end)
+            .ok_or("the pickle is truncated")?;
         self.at = end;
         Ok(piece)
     }
@@ -426,7 +459,9 @@ impl Machine<'_> {
     }
 
     fn take_array<const N: usize>(&mut self) -> Result<[u8; N], String> {
-        self.take(N)?.try_into().map_err(|_| "the pickle is truncated".to_owned())
+        self.take(N)?
+            .try_into()
+            .map_err(|_| "the pickle is truncated".to_owned())
     }
 
     fn take_u32(&mut self) -> Result<usize, String> {
@@ -439,7 +474,10 @@ impl Machine<'_> {
 
     fn take_line(&mut self) -> Result<String, String> {
         let rest = self.bytes.get(self.at..).unwrap_or_default();
-        let n = rest.iter().position(|&b| b == b'\n').ok_or("the pickle is truncated")?;
+        let n = rest
+            .iter()
+            .position(|&b| b == b'\n')
+            .ok_or("the pickle is truncated")?;
         let line = utf8(self.take(n)?)?;
         self.skip(1)?;
         Ok(line)
@@ -487,7 +525,10 @@ mod tests {
         let graph = parse(b"\x80\x02cposix\nsystem\nX\x07\0\0\0echo hi\x85R.trailing").unwrap();
         assert!(matches!(graph.node(graph.root), Node::Call { .. }));
         assert_eq!(graph.class_name(graph.root), "posix.system");
-        assert_eq!(graph.consumed, b"\x80\x02cposix\nsystem\nX\x07\0\0\0echo hi\x85R.".len());
+        assert_eq!(
+            graph.consumed,
+            b"\x80\x02cposix\nsystem\nX\x07\0\0\0echo hi\x85R.".len()
+        );
     }
 
     #[test]
@@ -502,7 +543,10 @@ mod tests {
             (b"\x8b\x03\0\0\0\0\0\x01.", 65536),
         ] {
             let graph = parse(bytes).unwrap();
-            assert!(matches!(graph.node(graph.root), Node::Int(v) if *v == expected), "{bytes:?}");
+            assert!(
+                matches!(graph.node(graph.root), Node::Int(v) if *v == expected),
+                "{bytes:?}"
+            );
         }
     }
 
@@ -514,7 +558,19 @@ mod tests {
 
     #[test]
     fn misuse_of_the_stack_is_an_error() {
-        for bad in [&b"."[..], b"(.", b"N(0.", b"t.", b"h\x05.", b"X\xff\xff\xff\xffab.", b"(Nd.", b"Nq", b"Na.", b"c\xff\n\n.", b"\x80\x09N."] {
+        for bad in [
+            &b"."[..],
+            b"(.",
+            b"N(0.",
+            b"t.",
+            b"h\x05.",
+            b"X\xff\xff\xff\xffab.",
+            b"(Nd.",
+            b"Nq",
+            b"Na.",
+            b"c\xff\n\n.",
+            b"\x80\x09N.",
+        ] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }
     }
