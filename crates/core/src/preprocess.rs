@@ -1,1 +1,0 @@
-//! Pixels to tensors as the reference does it.
