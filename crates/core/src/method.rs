@@ -40,7 +40,10 @@ pub trait Predictor: std::fmt::Debug {
     ) -> Result<Box<dyn Classifier + 'a>>;
 
     /// The learned tensors under the authors' keys.
-    fn tensors(&self) -> Vec<(String, Tensor)>;
+    ///
+    /// # Errors
+    /// Whatever the tensor library refuses.
+    fn tensors(&self) -> Result<Vec<(String, Tensor)>>;
 }
 
 /// A predictor made ready for a list of classes.

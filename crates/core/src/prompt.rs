@@ -129,10 +129,14 @@ impl Prompts {
         }
         let mut laid_out = Vec::with_capacity(self.rows.len());
         for pieces in &self.rows {
-            let mut row = Vec::new();
+            let (mut row, mut end) = (Vec::new(), None);
             for piece in pieces {
                 match piece {
-                    Piece::Words(ids) => row.extend(ids.iter().map(|id| word_rows[id] as u32)),
+                    Piece::Words(ids) => {
+                        let first_end = ids.iter().position(|&id| id == END);
+                        end = end.or(first_end.map(|at| row.len() + at + 1));
+                        row.extend(ids.iter().map(|id| word_rows[id] as u32));
+                    }
                     Piece::Learned {
                         source,
                         context,
@@ -160,6 +164,9 @@ impl Prompts {
             if row.is_empty() {
                 return Err(Error::Data("a prompt has no tokens".into()));
             }
+            // The feature is taken at the first end token, as the authors find it, even inside a name; nothing behind it
+            // matters.
+            row.truncate(end.unwrap_or(row.len()));
             laid_out.push(row);
         }
         let longest = laid_out.iter().map(Vec::len).max().unwrap_or(0);

@@ -300,7 +300,7 @@ impl Predictor for CoOp {
         )))
     }
 
-    fn tensors(&self) -> Vec<(String, Tensor)> {
+    fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
         self.params.tensors()
     }
 }

@@ -137,7 +137,7 @@ fn run_case(slug: &str, path: &Path, models: &mut Models) -> Outcome {
         .to_string_lossy()
         .into_owned();
     let mut check = Check::default();
-    let attempt = || -> Result<()> {
+    let mut attempt = || -> Result<()> {
         let Some(run) = runner(slug, &name) else {
             bail!("unknown method `{slug}`")
         };

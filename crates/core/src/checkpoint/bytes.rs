@@ -19,13 +19,18 @@ pub(super) struct Budget {
 
 impl Budget {
     pub(super) fn of_file(len: u64) -> Self {
-        Self { left: len.saturating_mul(64).saturating_add(16 << 20) }
+        Self {
+            left: len.saturating_mul(64).saturating_add(16 << 20),
+        }
     }
 
     /// Sets `bytes` aside, or says that the file is not to be trusted.
     pub(super) fn take(&mut self, bytes: usize) -> Result<(), String> {
-        let left = u64::try_from(bytes).ok().and_then(|n| self.left.checked_sub(n));
-        self.left = left.ok_or("the tensors together are more than 64 times larger than the file")?;
+        let left = u64::try_from(bytes)
+            .ok()
+            .and_then(|n| self.left.checked_sub(n));
+        self.left =
+            left.ok_or("the tensors together are more than 64 times larger than the file")?;
         Ok(())
     }
 }
@@ -33,7 +38,8 @@ impl Budget {
 /// Reads `len` bytes; memory grows only as they arrive.
 pub(super) fn read_exactly(from: &mut impl Read, len: usize) -> std::io::Result<Vec<u8>> {
     let mut content = Vec::new();
-    from.take(u64::try_from(len).unwrap_or(u64::MAX)).read_to_end(&mut content)?;
+    from.take(u64::try_from(len).unwrap_or(u64::MAX))
+        .read_to_end(&mut content)?;
     if content.len() != len {
         return Err(std::io::ErrorKind::UnexpectedEof.into());
     }
@@ -48,7 +54,12 @@ pub(super) fn tensor(bytes: &[u8], dtype: DType, shape: &[usize]) -> Result<Tens
     }
     macro_rules! decode {
         ($t:ty, $width:literal) => {{
-            let numbers: Vec<$t> = bytes.as_chunks::<$width>().0.iter().map(|b| <$t>::from_le_bytes(*b)).collect();
+            let numbers: Vec<$t> = bytes
+                .as_chunks::<$width>()
+                .0
+                .iter()
+                .map(|b| <$t>::from_le_bytes(*b))
+                .collect();
             Tensor::from_vec(numbers, shape, &device)?
         }};
     }
@@ -61,7 +72,11 @@ pub(super) fn tensor(bytes: &[u8], dtype: DType, shape: &[usize]) -> Result<Tens
         DType::I32 => decode!(i32, 4),
         DType::I16 => decode!(i16, 2),
         DType::U8 => decode!(u8, 1),
-        other => return Err(Error::Data(format!("tensors of type {other:?} are not supported"))),
+        other => {
+            return Err(Error::Data(format!(
+                "tensors of type {other:?} are not supported"
+            )));
+        }
     })
 }
 
@@ -70,7 +85,12 @@ pub(super) fn for_each_f32(tensor: &Tensor, mut f: impl FnMut(&[f32])) -> Result
     let tensor = tensor.contiguous()?;
     let (storage, layout) = tensor.storage_and_layout();
     let range = layout.start_offset()..layout.start_offset() + layout.shape().elem_count();
-    let unsupported = || Error::Data(format!("expected a floating-point tensor on the CPU, found {:?}", tensor.dtype()));
+    let unsupported = || {
+        Error::Data(format!(
+            "expected a floating-point tensor on the CPU, found {:?}",
+            tensor.dtype()
+        ))
+    };
     let mut piece = Vec::new();
     macro_rules! each {
         ($numbers:expr, $convert:expr) => {
@@ -82,7 +102,11 @@ pub(super) fn for_each_f32(tensor: &Tensor, mut f: impl FnMut(&[f32])) -> Result
         };
     }
     match &*storage {
-        Storage::Cpu(CpuStorage::F32(v)) => v.get(range).unwrap_or_default().chunks(PIECE / 4).for_each(f),
+        Storage::Cpu(CpuStorage::F32(v)) => v
+            .get(range)
+            .unwrap_or_default()
+            .chunks(PIECE / 4)
+            .for_each(f),
         Storage::Cpu(CpuStorage::F16(v)) => each!(v, |x| x.to_f32()),
         Storage::Cpu(CpuStorage::BF16(v)) => each!(v, |x| x.to_f32()),
         _ => return Err(unsupported()),
@@ -121,7 +145,12 @@ pub(super) fn write_numbers(tensor: &Tensor, to: &mut dyn Write) -> std::io::Res
         Storage::Cpu(CpuStorage::F16(v)) => each!(v),
         Storage::Cpu(CpuStorage::BF16(v)) => each!(v),
         Storage::Cpu(CpuStorage::I64(v)) => each!(v),
-        _ => return Err(std::io::Error::other(format!("tensors of type {:?} are not written", tensor.dtype()))),
+        _ => {
+            return Err(std::io::Error::other(format!(
+                "tensors of type {:?} are not written",
+                tensor.dtype()
+            )));
+        }
     }
     Ok(())
 }

@@ -20,9 +20,15 @@ pub(super) struct Config {
 impl Config {
     pub(super) fn read(path: &Path) -> Result<Self> {
         let mut text = String::new();
-        File::open(path).and_then(|file| file.take(MAX_CONFIG).read_to_string(&mut text)).map_err(|e| Error::io(path, e))?;
-        let root = serde_json::from_str(&text).map_err(|e| Error::format(path, format!("not valid JSON: {e}")))?;
-        Ok(Self { path: path.to_path_buf(), root })
+        File::open(path)
+            .and_then(|file| file.take(MAX_CONFIG).read_to_string(&mut text))
+            .map_err(|e| Error::io(path, e))?;
+        let root = serde_json::from_str(&text)
+            .map_err(|e| Error::format(path, format!("not valid JSON: {e}")))?;
+        Ok(Self {
+            path: path.to_path_buf(),
+            root,
+        })
     }
 
     /// A value that is there and not null.
@@ -34,13 +40,27 @@ impl Config {
     pub(super) fn size(&self, pointer: &str, default: usize) -> Result<usize> {
         match self.get(pointer) {
             None => Ok(default),
-            Some(v) => v.as_u64().and_then(|v| usize::try_from(v).ok()).ok_or_else(|| self.wrong(pointer, v, "a size")),
+            Some(v) => v
+                .as_u64()
+                .and_then(|v| usize::try_from(v).ok())
+                .ok_or_else(|| self.wrong(pointer, v, "a size")),
         }
     }
 
     /// "x = y is not supported, expected z".
-    pub(super) fn wrong(&self, pointer: &str, found: impl Display, expected: impl Display) -> Error {
-        Error::format(&self.path, format!("{} = {found} is not supported, expected {expected}", dotted(pointer)))
+    pub(super) fn wrong(
+        &self,
+        pointer: &str,
+        found: impl Display,
+        expected: impl Display,
+    ) -> Error {
+        Error::format(
+            &self.path,
+            format!(
+                "{} = {found} is not supported, expected {expected}",
+                dotted(pointer)
+            ),
+        )
     }
 
     /// An error unless what the file says of a size is what the tensors say.
@@ -49,7 +69,10 @@ impl Config {
         if said == tensors {
             return Ok(());
         }
-        let message = format!("{} is {said}, but the tensors have {tensors}", dotted(pointer));
+        let message = format!(
+            "{} is {said}, but the tensors have {tensors}",
+            dotted(pointer)
+        );
         Err(Error::format(&self.path, message))
     }
 
@@ -72,12 +95,21 @@ fn dotted(pointer: &str) -> String {
 
 /// Three finite numbers.
 pub(super) fn triple(value: &Value) -> Option<[f32; 3]> {
-    let numbers: Vec<f32> = value.as_array()?.iter().map(|v| v.as_f64().map(|v| v as f32)).collect::<Option<_>>()?;
-    <[f32; 3]>::try_from(numbers).ok().filter(|v| v.iter().all(|x| x.is_finite()))
+    let numbers: Vec<f32> = value
+        .as_array()?
+        .iter()
+        .map(|v| v.as_f64().map(|v| v as f32))
+        .collect::<Option<_>>()?;
+    <[f32; 3]>::try_from(numbers)
+        .ok()
+        .filter(|v| v.iter().all(|x| x.is_finite()))
 }
 
 /// Three numbers as JSON, in the shortest decimals that give the same f32.
 pub(super) fn decimals(numbers: [f32; 3]) -> Value {
     // Through text: f32 to f64 directly would print seventeen digits.
-    numbers.iter().map(|x| x.to_string().parse::<f64>().unwrap_or(f64::from(*x))).collect()
+    numbers
+        .iter()
+        .map(|x| x.to_string().parse::<f64>().unwrap_or(f64::from(*x)))
+        .collect()
 }

@@ -6,6 +6,7 @@
 
 mod bytes;
 mod config;
+mod graph;
 mod hf;
 mod open;
 mod open_clip;
@@ -17,6 +18,7 @@ mod shapes;
 #[cfg(test)]
 mod tests;
 mod torch;
+mod window;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -59,7 +61,12 @@ impl Checkpoint {
     ///
     /// # Errors
     /// A folder that exists and is not empty, a ResNet for transformers, a value beyond the range of `dtype`, and whatever the operating system refuses.
-    pub fn save(&self, layout: Layout, dtype: Option<candle_core::DType>, out: &Path) -> Result<()> {
+    pub fn save(
+        &self,
+        layout: Layout,
+        dtype: Option<candle_core::DType>,
+        out: &Path,
+    ) -> Result<()> {
         save::save(self, layout, dtype, out)
     }
 }

@@ -19,7 +19,11 @@ use crate::{Activation, Arch, Error, Preprocess, Result};
 const HF_CONFIG: &str = "config.json";
 const HF_WEIGHTS: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
 const OPEN_CLIP_CONFIG: &str = "open_clip_config.json";
-const OPEN_CLIP_WEIGHTS: [&str; 3] = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_model.bin"];
+const OPEN_CLIP_WEIGHTS: [&str; 3] = [
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_model.bin",
+];
 
 /// Scalars that OpenAI stores among the tensors.
 const SCALARS: [&str; 3] = ["input_resolution", "context_length", "vocab_size"];
@@ -43,9 +47,15 @@ pub fn read_torch_state(path: &Path) -> Result<TorchState> {
     match Source::open(path)? {
         Source::Torch(file) => {
             let epoch = file.epoch;
-            Ok(TorchState { tensors: file.load(|_| true)?, epoch })
+            Ok(TorchState {
+                tensors: file.load(|_| true)?,
+                epoch,
+            })
         }
-        Source::Safetensors(_) => Err(Error::format(path, "a safetensors file, expected one that torch.save wrote")),
+        Source::Safetensors(_) => Err(Error::format(
+            path,
+            "a safetensors file, expected one that torch.save wrote",
+        )),
     }
 }
 
@@ -71,7 +81,9 @@ impl Source {
             return Ok(Self::Torch(TorchFile::open_legacy(path, file, len)?));
         }
         if let Some(header_len) = safetensors::header_len(&head, len) {
-            return Ok(Self::Safetensors(SafetensorsFile::open(path, file, header_len, len)?));
+            return Ok(Self::Safetensors(SafetensorsFile::open(
+                path, file, header_len, len,
+            )?));
         }
         Err(Error::format(path, match head.as_slice() {
             [] => "the file is empty".to_owned(),
@@ -111,12 +123,19 @@ enum Companion {
 pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     let (weights, folder) = match path.is_dir() {
         true => find_weights(path)?,
-        false => (path.to_path_buf(), path.parent().unwrap_or(Path::new("")).to_path_buf()),
+        false => (
+            path.to_path_buf(),
+            path.parent().unwrap_or(Path::new("")).to_path_buf(),
+        ),
     };
     let source = Source::open(&weights)?;
     let mut found = source.shapes();
     found.retain(|name, _| !name.ends_with("num_batches_tracked"));
-    let checked: Vec<String> = found.keys().filter(|name| is_checked(name)).cloned().collect();
+    let checked: Vec<String> = found
+        .keys()
+        .filter(|name| is_checked(name))
+        .cloned()
+        .collect();
     found.retain(|name, _| !is_checked(name));
 
     let companion = companion(&source, found.keys(), path, &weights, &folder)?;
@@ -138,7 +157,12 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     let mut preprocess = Preprocess::openai(arch.image_resolution);
     match companion {
         Companion::None => {}
-        Companion::Own(_, own) => preprocess = Preprocess { resolution: arch.image_resolution, ..own },
+        Companion::Own(_, own) => {
+            preprocess = Preprocess {
+                resolution: arch.image_resolution,
+                ..own
+            }
+        }
         Companion::Hf(config) => {
             config.check(&arch)?;
             let beside = folder.join("preprocessor_config.json");
@@ -162,12 +186,22 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
         tensors = plan.convert(tensors, &weights)?;
     }
     check_numbers(&tensors, &weights)?;
-    Ok(Checkpoint { path: path.to_path_buf(), arch, preprocess, tensors })
+    Ok(Checkpoint {
+        path: path.to_path_buf(),
+        arch,
+        preprocess,
+        tensors,
+    })
 }
 
 /// The weights file of a folder.
 fn find_weights(folder: &Path) -> Result<(PathBuf, PathBuf)> {
-    let first = |names: &[&str]| names.iter().map(|name| folder.join(name)).find(|path| path.is_file());
+    let first = |names: &[&str]| {
+        names
+            .iter()
+            .map(|name| folder.join(name))
+            .find(|path| path.is_file())
+    };
     let has = |name: &str| folder.join(name).is_file();
     let weights = match (has(OPEN_CLIP_CONFIG), has(HF_CONFIG)) {
         // Folders on the Hugging Face hub often hold both.
@@ -175,14 +209,33 @@ fn find_weights(folder: &Path) -> Result<(PathBuf, PathBuf)> {
         (true, false) => first(&OPEN_CLIP_WEIGHTS),
         (false, true) => first(&HF_WEIGHTS),
         (false, false) => {
-            return Err(Error::format(folder, format!("a folder without {HF_CONFIG} (transformers) or {OPEN_CLIP_CONFIG} (OpenCLIP)")));
+            return Err(Error::format(
+                folder,
+                format!(
+                    "a folder without {HF_CONFIG} (transformers) or {OPEN_CLIP_CONFIG} (OpenCLIP)"
+                ),
+            ));
         }
     };
     let weights = weights.ok_or_else(|| {
-        let sharded = ["model.safetensors.index.json", "pytorch_model.bin.index.json"].iter().any(|name| has(name));
-        let hint = if sharded { "; weights in several files are not supported, save them as one" } else { "" };
-        let looked = [HF_WEIGHTS.as_slice(), OPEN_CLIP_WEIGHTS.as_slice()].concat().join(", ");
-        Error::format(folder, format!("no weights found, looked for {looked}{hint}"))
+        let sharded = [
+            "model.safetensors.index.json",
+            "pytorch_model.bin.index.json",
+        ]
+        .iter()
+        .any(|name| has(name));
+        let hint = if sharded {
+            "; weights in several files are not supported, save them as one"
+        } else {
+            ""
+        };
+        let looked = [HF_WEIGHTS.as_slice(), OPEN_CLIP_WEIGHTS.as_slice()]
+            .concat()
+            .join(", ");
+        Error::format(
+            folder,
+            format!("no weights found, looked for {looked}{hint}"),
+        )
     })?;
     Ok((weights, folder.to_path_buf()))
 }
@@ -197,7 +250,10 @@ fn companion<'a>(
     if hf::has_names(names) {
         let config = folder.join(HF_CONFIG);
         if !config.is_file() {
-            return Err(Error::format(weights, format!("weights of transformers' CLIPModel without {HF_CONFIG} beside them")));
+            return Err(Error::format(
+                weights,
+                format!("weights of transformers' CLIPModel without {HF_CONFIG} beside them"),
+            ));
         }
         return Ok(Companion::Hf(HfConfig::read(&config)?));
     }
@@ -211,7 +267,12 @@ fn companion<'a>(
                 return Ok(Companion::OpenClip(OpenClipConfig::read(&config)?));
             }
             match path.is_dir() {
-                true => Err(Error::format(weights, format!("the tensors do not have the names of transformers' CLIPModel, as {HF_CONFIG} beside them promises"))),
+                true => Err(Error::format(
+                    weights,
+                    format!(
+                        "the tensors do not have the names of transformers' CLIPModel, as {HF_CONFIG} beside them promises"
+                    ),
+                )),
                 false => Ok(Companion::None),
             }
         }
@@ -220,7 +281,12 @@ fn companion<'a>(
 
 /// What [`Checkpoint::save`] writes into a single file's header.
 fn own(file: &SafetensorsFile, path: &Path) -> Result<Companion> {
-    let bad = |key: &str, value: &str, expected: &str| Error::format(path, format!("metadata {key} = {value}, expected {expected}"));
+    let bad = |key: &str, value: &str, expected: &str| {
+        Error::format(
+            path,
+            format!("metadata {key} = {value}, expected {expected}"),
+        )
+    };
     let get = |key: &str| file.metadata.get(key).map(String::as_str);
     let activation = match get("activation").unwrap_or_default() {
         "quick_gelu" => Activation::QuickGelu,
@@ -228,7 +294,12 @@ fn own(file: &SafetensorsFile, path: &Path) -> Result<Companion> {
         other => return Err(bad("activation", other, "quick_gelu or gelu")),
     };
     let mut preprocess = Preprocess::openai(0);
-    let triple = |text: &str| serde_json::from_str::<Value>(text).ok().as_ref().and_then(config::triple);
+    let triple = |text: &str| {
+        serde_json::from_str::<Value>(text)
+            .ok()
+            .as_ref()
+            .and_then(config::triple)
+    };
     if let Some(mean) = get("mean") {
         preprocess.mean = triple(mean).ok_or_else(|| bad("mean", mean, "three finite numbers"))?;
     }
@@ -251,12 +322,22 @@ fn check_integers(name: &str, tensor: &Tensor, arch: &Arch, path: &Path) -> Resu
         "context_length" => arch.context_length,
         "vocab_size" => arch.vocab_size,
         _ if found.iter().zip(0..).all(|(found, i)| *found == i) => return Ok(()),
-        _ => return Err(Error::format(path, format!("tensor `{name}` does not count 0, 1, 2, ..., other orders are not supported"))),
+        _ => {
+            return Err(Error::format(
+                path,
+                format!(
+                    "tensor `{name}` does not count 0, 1, 2, ..., other orders are not supported"
+                ),
+            ));
+        }
     };
     match found.as_slice() {
         [found] if usize::try_from(*found) == Ok(expected) => Ok(()),
         found => {
-            let message = format!("`{name}` is {}, but the tensors have {expected}", found.first().copied().unwrap_or_default());
+            let message = format!(
+                "`{name}` is {}, but the tensors have {expected}",
+                found.first().copied().unwrap_or_default()
+            );
             Err(Error::format(path, message))
         }
     }
@@ -267,10 +348,19 @@ fn check_numbers(tensors: &BTreeMap<String, Tensor>, path: &Path) -> Result<()> 
     let check = |(name, tensor): (&String, &Tensor)| -> Result<()> {
         let what = || format!("tensor `{name}` of {}", path.display());
         if !matches!(tensor.dtype(), DType::F16 | DType::BF16 | DType::F32) {
-            return Err(Error::format(path, format!("tensor `{name}` is stored as {:?}, expected floating point", tensor.dtype())));
+            return Err(Error::format(
+                path,
+                format!(
+                    "tensor `{name}` is stored as {:?}, expected floating point",
+                    tensor.dtype()
+                ),
+            ));
         }
         match bytes::not_finite(tensor)? {
-            Some(value) => Err(Error::NotFinite { what: what(), value: f64::from(value) }),
+            Some(value) => Err(Error::NotFinite {
+                what: what(),
+                value: f64::from(value),
+            }),
             None => Ok(()),
         }
     };

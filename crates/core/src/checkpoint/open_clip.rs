@@ -77,9 +77,18 @@ impl OpenClipConfig {
         if !config.get("/model_cfg").is_some_and(Value::is_object) {
             return Err(Error::format(path, "expected an object `model_cfg`"));
         }
-        for section in ["/model_cfg", "/model_cfg/vision_cfg", "/model_cfg/text_cfg", "/preprocess_cfg"] {
-            let Some(settings) = config.get(section) else { continue };
-            let settings = settings.as_object().ok_or_else(|| config.wrong(section, settings, "an object"))?;
+        for section in [
+            "/model_cfg",
+            "/model_cfg/vision_cfg",
+            "/model_cfg/text_cfg",
+            "/preprocess_cfg",
+        ] {
+            let Some(settings) = config.get(section) else {
+                continue;
+            };
+            let settings = settings
+                .as_object()
+                .ok_or_else(|| config.wrong(section, settings, "an object"))?;
             for (key, value) in settings {
                 known(&config, &format!("{section}/{key}"), value)?;
             }
@@ -92,7 +101,9 @@ impl OpenClipConfig {
         match self.0.get("/model_cfg/quick_gelu") {
             None | Some(Value::Bool(false)) => Ok(Activation::Gelu),
             Some(Value::Bool(true)) => Ok(Activation::QuickGelu),
-            Some(other) => Err(self.0.wrong("/model_cfg/quick_gelu", other, "true or false")),
+            Some(other) => Err(self
+                .0
+                .wrong("/model_cfg/quick_gelu", other, "true or false")),
         }
     }
 
@@ -102,9 +113,17 @@ impl OpenClipConfig {
         let agree = |pointer: &str, default, tensors| self.0.agree(pointer, default, tensors);
         // Without a default the file must say it.
         agree("/model_cfg/embed_dim", 0, arch.embed_dim)?;
-        agree("/model_cfg/vision_cfg/image_size", 224, arch.image_resolution)?;
+        agree(
+            "/model_cfg/vision_cfg/image_size",
+            224,
+            arch.image_resolution,
+        )?;
         match arch.vision {
-            VisionArch::Vit { layers, width, patch_size } => {
+            VisionArch::Vit {
+                layers,
+                width,
+                patch_size,
+            } => {
                 agree("/model_cfg/vision_cfg/layers", 12, layers)?;
                 agree("/model_cfg/vision_cfg/width", 768, width)?;
                 agree("/model_cfg/vision_cfg/patch_size", 16, patch_size)?;
@@ -113,20 +132,30 @@ impl OpenClipConfig {
                 let pointer = "/model_cfg/vision_cfg/layers";
                 let said = self.0.get(pointer).cloned().unwrap_or(json!(12));
                 if said != json!(layers) {
-                    let message = format!("model_cfg.vision_cfg.layers is {said}, but the tensors have {layers:?}");
+                    let message = format!(
+                        "model_cfg.vision_cfg.layers is {said}, but the tensors have {layers:?}"
+                    );
                     return Err(Error::format(&self.0.path, message));
                 }
                 // OpenCLIP's own default is the ViT's.
                 agree("/model_cfg/vision_cfg/width", 768, width)?;
             }
         }
-        agree("/model_cfg/text_cfg/context_length", 77, arch.context_length)?;
+        agree(
+            "/model_cfg/text_cfg/context_length",
+            77,
+            arch.context_length,
+        )?;
         agree("/model_cfg/text_cfg/vocab_size", 49_408, arch.vocab_size)?;
         agree("/model_cfg/text_cfg/width", 512, arch.text_width)?;
         agree("/model_cfg/text_cfg/layers", 12, arch.text_layers)?;
         let heads = self.0.size("/model_cfg/text_cfg/heads", 8)?;
         if heads != arch.text_heads() {
-            let expected = format!("{} (width {} in heads of {HEAD_WIDTH})", arch.text_heads(), arch.text_width);
+            let expected = format!(
+                "{} (width {} in heads of {HEAD_WIDTH})",
+                arch.text_heads(),
+                arch.text_width
+            );
             return Err(self.0.wrong("/model_cfg/text_cfg/heads", heads, expected));
         }
         Ok(())
@@ -145,12 +174,17 @@ impl OpenClipConfig {
         is("/preprocess_cfg/resize_mode", "shortest")?;
         let side = into.resolution;
         match self.0.get("/preprocess_cfg/size") {
-            Some(v) if *v != json!(side) && *v != json!([side, side]) && *v != json!([3, side, side]) => {
+            Some(v)
+                if *v != json!(side)
+                    && *v != json!([side, side])
+                    && *v != json!([3, side, side]) =>
+            {
                 return Err(self.0.wrong("/preprocess_cfg/size", v, side));
             }
             _ => {}
         }
-        self.0.normalisation("/preprocess_cfg/mean", "/preprocess_cfg/std", into)
+        self.0
+            .normalisation("/preprocess_cfg/mean", "/preprocess_cfg/std", into)
     }
 }
 
@@ -160,10 +194,16 @@ fn known(config: &Config, pointer: &str, value: &Value) -> Result<()> {
         return Ok(());
     }
     let Some((_, expected)) = FIXED.iter().find(|(fixed, _)| *fixed == pointer) else {
-        return Err(config.wrong(pointer, value, "nothing: it is not one that CLIP's own towers have"));
+        return Err(config.wrong(
+            pointer,
+            value,
+            "nothing: it is not one that CLIP's own towers have",
+        ));
     };
     let same_number = value.as_f64().is_some_and(|v| expected.parse() == Ok(v));
-    match same_number || value.to_string() == *expected {
+    let same = same_number
+        || serde_json::from_str::<Value>(expected).is_ok_and(|expected| expected == *value);
+    match same {
         true => Ok(()),
         false => Err(config.wrong(pointer, value, expected)),
     }
@@ -172,7 +212,11 @@ fn known(config: &Config, pointer: &str, value: &Value) -> Result<()> {
 /// `open_clip_config.json` for an architecture.
 pub(super) fn config_json(arch: &Arch, preprocess: &Preprocess) -> Value {
     let (layers, width, patch_size) = match arch.vision {
-        VisionArch::Vit { layers, width, patch_size } => (json!(layers), width, Some(patch_size)),
+        VisionArch::Vit {
+            layers,
+            width,
+            patch_size,
+        } => (json!(layers), width, Some(patch_size)),
         VisionArch::ResNet { layers, width } => (json!(layers), width, None),
     };
     json!({

@@ -1,132 +1,45 @@
-//! A pickle reader that builds a graph of plain data and runs nothing.
+//! A pickle reader that builds a [`Graph`] of plain data and runs nothing.
 //!
 //! Pickle is a program for a stack machine whose `REDUCE` calls any importable function. Here a call is only written down
 //! as a node ([`Node::Call`]); what a node means is decided by [`super::torch`], which knows a handful of names.
-//! Nodes live in one flat list and refer to each other by index, so cycles and deep nesting cost nothing.
 
 use std::collections::HashMap;
+
+use super::graph::{Graph, Node, NodeId};
 
 /// Longest pickle that is read, in bytes. Published CLIPs have less than 1 MB of pickle beside their tensor data.
 pub(super) const MAX_PICKLE: usize = 16 << 20;
 /// Most instructions that are carried out. RN50x64 needs about 100,000.
 const MAX_OPS: usize = 2_000_000;
 
-/// Index of a [`Node`] in its [`Graph`].
-pub(super) type NodeId = usize;
-
-/// One value of a pickle.
-#[derive(Debug)]
-pub(super) enum Node {
-    None,
-    Bool(bool),
-    Int(i64),
-    Text(String),
-    /// A value of a kind that no tensor depends on: bytes, sets, floats, integers beyond 64 bits.
-    Other,
-    List(Vec<NodeId>),
-    Tuple(Vec<NodeId>),
-    /// `dict` and `OrderedDict`, in order; a later entry replaces an earlier one of the same key.
-    Dict(Vec<(NodeId, NodeId)>),
-    /// An importable name: `module`, `name`.
-    Global(String, String),
-    /// A call that is not made: of `callable`, with `args`.
-    Call {
-        callable: NodeId,
-        args: NodeId,
-    },
-    /// An instance of `class`, with the state that `__setstate__` would receive.
-    Object {
-        class: NodeId,
-        state: Option<NodeId>,
-    },
-    /// A reference to data outside the pickle.
-    Persistent(NodeId),
-}
-
-/// All values of one pickle.
-#[derive(Debug)]
-pub(super) struct Graph {
-    nodes: Vec<Node>,
-    /// The value that the pickle stands for.
-    pub(super) root: NodeId,
-    /// Bytes up to and with the `STOP` instruction.
-    pub(super) consumed: usize,
-}
-
-impl Graph {
-    pub(super) fn node(&self, id: NodeId) -> &Node {
-        self.nodes.get(id).unwrap_or(&Node::None)
-    }
-
-    pub(super) fn nodes(&self) -> &[Node] {
-        &self.nodes
-    }
-
-    pub(super) fn text(&self, id: NodeId) -> Option<&str> {
-        match self.node(id) {
-            Node::Text(s) => Some(s),
-            _ => None,
-        }
-    }
-
-    /// The value of a text key in a dict node.
-    pub(super) fn get(&self, dict: NodeId, key: &str) -> Option<NodeId> {
-        match self.node(dict) {
-            Node::Dict(entries) => {
-                entries.iter().rev().find(|(k, _)| self.text(*k) == Some(key)).map(|(_, v)| *v)
-            }
-            _ => None,
-        }
-    }
-
-    /// Module and name of what a node is an instance of, or the result of.
-    pub(super) fn class(&self, id: NodeId) -> Option<(&str, &str)> {
-        let class = match self.node(id) {
-            Node::Call { callable, .. } => *callable,
-            Node::Object { class, .. } => *class,
-            _ => id,
-        };
-        match self.node(class) {
-            Node::Global(module, name) => Some((module, name)),
-            _ => None,
-        }
-    }
-
-    /// What a node is, for messages: `module.name`, or its kind.
-    pub(super) fn class_name(&self, id: NodeId) -> String {
-        match (self.class(id), self.node(id)) {
-            (Some((module, name)), _) => format!("{}.{}", shorten(module), shorten(name)),
-            (None, Node::Text(_)) => "str".to_owned(),
-            (None, Node::Int(_) | Node::Bool(_)) => "number".to_owned(),
-            (None, Node::List(_) | Node::Tuple(_)) => "list".to_owned(),
-            (None, Node::Dict(_)) => "dict".to_owned(),
-            (None, Node::None) => "None".to_owned(),
-            _ => "object of an unknown class".to_owned(),
-        }
-    }
-}
-
-/// A name from a file, short enough for a message.
-pub(super) fn shorten(name: &str) -> String {
-    match name.char_indices().nth(120) {
-        Some((end, _)) => format!("{}...", name.get(..end).unwrap_or_default()),
-        None => name.to_owned(),
-    }
-}
-
 /// Reads one pickle from the start of `bytes`; what follows its end is left alone.
 pub(super) fn parse(bytes: &[u8]) -> Result<Graph, String> {
     let bytes = bytes.get(..MAX_PICKLE).unwrap_or(bytes);
-    let mut machine = Machine { bytes, at: 0, nodes: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
+    let mut machine = Machine {
+        bytes,
+        at: 0,
+        nodes: Vec::new(),
+        stack: Vec::new(),
+        marks: Vec::new(),
+        memo: HashMap::new(),
+    };
     for _ in 0..MAX_OPS {
         let start = machine.at;
         match machine.step() {
             Ok(None) => {}
-            Ok(Some(root)) => return Ok(Graph { nodes: machine.nodes, root, consumed: machine.at }),
+            Ok(Some(root)) => {
+                return Ok(Graph {
+                    nodes: machine.nodes,
+                    root,
+                    consumed: machine.at,
+                });
+            }
             Err(message) => return Err(format!("{message} (byte {start} of the pickle)")),
         }
     }
-    Err(format!("the pickle has more than {MAX_OPS} instructions; no weights file needs as many"))
+    Err(format!(
+        "the pickle has more than {MAX_OPS} instructions; no weights file needs as many"
+    ))
 }
 
 struct Machine<'a> {
@@ -340,7 +253,11 @@ impl Machine<'_> {
                 let id = self.pop()?;
                 self.push(Node::Persistent(id));
             }
-            other => return Err(format!("pickle instruction 0x{other:02x} is not one that torch writes")),
+            other => {
+                return Err(format!(
+                    "pickle instruction 0x{other:02x} is not one that torch writes"
+                ));
+            }
         }
         Ok(None)
     }
@@ -369,7 +286,10 @@ impl Machine<'_> {
     }
 
     fn pop_mark(&mut self) -> Result<Vec<NodeId>, String> {
-        let height = self.marks.pop().ok_or("the pickle closes a mark that was never opened")?;
+        let height = self
+            .marks
+            .pop()
+            .ok_or("the pickle closes a mark that was never opened")?;
         // `pop` never goes below an open mark, so `height` is at most the stack's length.
         Ok(self.stack.split_off(height.min(self.stack.len())))
     }
@@ -381,7 +301,10 @@ impl Machine<'_> {
     }
 
     fn recall(&mut self, slot: usize) -> Result<(), String> {
-        let id = *self.memo.get(&slot).ok_or_else(|| format!("memo {slot} is used before it is set"))?;
+        let id = *self
+            .memo
+            .get(&slot)
+            .ok_or_else(|| format!("memo {slot} is used before it is set"))?;
         self.stack.push(id);
         Ok(())
     }
@@ -414,9 +337,15 @@ impl Machine<'_> {
     }
 
     fn take(&mut self, n: usize) -> Result<&[u8], String> {
-        let end = self.at.checked_add(n).filter(|&end| end <= self.bytes.len());
+        let end = self
+            .at
+            .checked_add(n)
+            .filter(|&end| end <= self.bytes.len());
         let end = end.ok_or("the pickle is truncated")?;
-        let piece = self.bytes.get(self.at..end).ok_or("the pickle is truncated")?;
+        let piece = self
+            .bytes
+            .get(self.at..end)
+            .ok_or("the pickle is truncated")?;
         self.at = end;
         Ok(piece)
     }
@@ -426,7 +355,9 @@ impl Machine<'_> {
     }
 
     fn take_array<const N: usize>(&mut self) -> Result<[u8; N], String> {
-        self.take(N)?.try_into().map_err(|_| "the pickle is truncated".to_owned())
+        self.take(N)?
+            .try_into()
+            .map_err(|_| "the pickle is truncated".to_owned())
     }
 
     fn take_u32(&mut self) -> Result<usize, String> {
@@ -439,7 +370,10 @@ impl Machine<'_> {
 
     fn take_line(&mut self) -> Result<String, String> {
         let rest = self.bytes.get(self.at..).unwrap_or_default();
-        let n = rest.iter().position(|&b| b == b'\n').ok_or("the pickle is truncated")?;
+        let n = rest
+            .iter()
+            .position(|&b| b == b'\n')
+            .ok_or("the pickle is truncated")?;
         let line = utf8(self.take(n)?)?;
         self.skip(1)?;
         Ok(line)
@@ -487,7 +421,10 @@ mod tests {
         let graph = parse(b"\x80\x02cposix\nsystem\nX\x07\0\0\0echo hi\x85R.trailing").unwrap();
         assert!(matches!(graph.node(graph.root), Node::Call { .. }));
         assert_eq!(graph.class_name(graph.root), "posix.system");
-        assert_eq!(graph.consumed, b"\x80\x02cposix\nsystem\nX\x07\0\0\0echo hi\x85R.".len());
+        assert_eq!(
+            graph.consumed,
+            b"\x80\x02cposix\nsystem\nX\x07\0\0\0echo hi\x85R.".len()
+        );
     }
 
     #[test]
@@ -502,7 +439,10 @@ mod tests {
             (b"\x8b\x03\0\0\0\0\0\x01.", 65536),
         ] {
             let graph = parse(bytes).unwrap();
-            assert!(matches!(graph.node(graph.root), Node::Int(v) if *v == expected), "{bytes:?}");
+            assert!(
+                matches!(graph.node(graph.root), Node::Int(v) if *v == expected),
+                "{bytes:?}"
+            );
         }
     }
 
@@ -514,7 +454,19 @@ mod tests {
 
     #[test]
     fn misuse_of_the_stack_is_an_error() {
-        for bad in [&b"."[..], b"(.", b"N(0.", b"t.", b"h\x05.", b"X\xff\xff\xff\xffab.", b"(Nd.", b"Nq", b"Na.", b"c\xff\n\n.", b"\x80\x09N."] {
+        for bad in [
+            &b"."[..],
+            b"(.",
+            b"N(0.",
+            b"t.",
+            b"h\x05.",
+            b"X\xff\xff\xff\xffab.",
+            b"(Nd.",
+            b"Nq",
+            b"Na.",
+            b"c\xff\n\n.",
+            b"\x80\x09N.",
+        ] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }
     }
@@ -523,7 +475,7 @@ mod tests {
         #[test]
         fn any_bytes_give_a_graph_or_an_error(bytes: Vec<u8>) {
             if let Ok(graph) = parse(&bytes) {
-                proptest::prop_assert!(graph.nodes().len() <= bytes.len() && graph.consumed <= bytes.len());
+                proptest::prop_assert!(graph.nodes.len() <= bytes.len() && graph.consumed <= bytes.len());
             }
         }
     }

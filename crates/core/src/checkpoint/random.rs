@@ -19,7 +19,9 @@ use crate::{Arch, Error, Preprocess, Result, VisionArch};
 pub fn random(arch: &Arch, seed: u64) -> Result<Checkpoint> {
     let draw = |(i, (name, shape)): (usize, (String, Vec<usize>))| {
         let numel = shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
-        let numel = numel.ok_or_else(|| Error::Data(format!("tensor `{name}` of shape {shape:?} is too large")))?;
+        let numel = numel.ok_or_else(|| {
+            Error::Data(format!("tensor `{name}` of shape {shape:?} is too large"))
+        })?;
         let numbers = match start(arch, &name, &shape) {
             Start::Constant(value) => vec![value; numel],
             Start::Normal(std) => {

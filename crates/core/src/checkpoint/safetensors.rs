@@ -5,8 +5,8 @@ use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Tensor};
 use ::safetensors::tensor::{Dtype, Metadata};
+use candle_core::{DType, Tensor};
 use serde_json::{Map, Value, json};
 
 use super::bytes;
@@ -46,11 +46,15 @@ impl SafetensorsFile {
     pub(super) fn open(path: &Path, file: File, header_len: u64, file_len: u64) -> Result<Self> {
         let bad = |message: String| Error::format(path, message);
         let mut file = BufReader::new(file);
-        file.seek(SeekFrom::Start(8)).map_err(|e| Error::io(path, e))?;
+        file.seek(SeekFrom::Start(8))
+            .map_err(|e| Error::io(path, e))?;
         let mut header = Vec::new();
-        file.by_ref().take(header_len).read_to_end(&mut header).map_err(|e| Error::io(path, e))?;
-        let header: Metadata =
-            serde_json::from_slice(&header).map_err(|e| bad(format!("the safetensors header is damaged: {e}")))?;
+        file.by_ref()
+            .take(header_len)
+            .read_to_end(&mut header)
+            .map_err(|e| Error::io(path, e))?;
+        let header: Metadata = serde_json::from_slice(&header)
+            .map_err(|e| bad(format!("the safetensors header is damaged: {e}")))?;
         let data_start = header_len + 8;
         let mut places = BTreeMap::new();
         let mut total = 0u64;
@@ -65,35 +69,71 @@ impl SafetensorsFile {
                 Dtype::I32 => DType::I32,
                 Dtype::I16 => DType::I16,
                 Dtype::U8 | Dtype::BOOL => DType::U8,
-                _ => return Err(bad(&format!("is stored as {:?}, which is not supported", info.dtype))),
+                _ => {
+                    return Err(bad(&format!(
+                        "is stored as {:?}, which is not supported",
+                        info.dtype
+                    )));
+                }
             };
             let (start, end) = info.data_offsets;
-            let len = info.shape.iter().try_fold(dtype.size_in_bytes(), |n, d| n.checked_mul(*d));
+            let len = info
+                .shape
+                .iter()
+                .try_fold(dtype.size_in_bytes(), |n, d| n.checked_mul(*d));
             let len = len.filter(|&len| end.checked_sub(start) == Some(len));
             let len = len.ok_or_else(|| bad("its shape does not fit the bytes it is given"))?;
             let (start, end) = (start as u64, end as u64);
             if data_start.checked_add(end).is_none_or(|end| end > file_len) {
-                return Err(bad("the file ends before it; it may be truncated, download it again"));
+                return Err(bad(
+                    "the file ends before it; it may be truncated, download it again",
+                ));
             }
             total = total.saturating_add(end - start);
-            places.insert(name, Place { dtype, shape: info.shape.clone(), start: data_start + start, len });
+            places.insert(
+                name,
+                Place {
+                    dtype,
+                    shape: info.shape.clone(),
+                    start: data_start + start,
+                    len,
+                },
+            );
         }
         if data_start.checked_add(total) != Some(file_len) {
-            return Err(bad(format!("its tensors take {total} bytes, the file has {}", file_len - data_start)));
+            return Err(bad(format!(
+                "its tensors take {total} bytes, the file has {}",
+                file_len - data_start
+            )));
         }
         let metadata = header.metadata().clone().unwrap_or_default();
-        Ok(Self { path: path.to_path_buf(), file, places, metadata })
+        Ok(Self {
+            path: path.to_path_buf(),
+            file,
+            places,
+            metadata,
+        })
     }
 
     /// Name and shape of every tensor.
     pub(super) fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
-        self.places.iter().map(|(name, place)| (name.clone(), place.shape.clone())).collect()
+        self.places
+            .iter()
+            .map(|(name, place)| (name.clone(), place.shape.clone()))
+            .collect()
     }
 
     /// Reads the tensors whose name `wanted` accepts.
-    pub(super) fn load(mut self, wanted: impl Fn(&str) -> bool) -> Result<BTreeMap<String, Tensor>> {
+    pub(super) fn load(
+        mut self,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<BTreeMap<String, Tensor>> {
         let mut tensors = BTreeMap::new();
-        let mut places: Vec<_> = self.places.into_iter().filter(|(name, _)| wanted(name)).collect();
+        let mut places: Vec<_> = self
+            .places
+            .into_iter()
+            .filter(|(name, _)| wanted(name))
+            .collect();
         places.sort_by_key(|(_, place)| place.start);
         for (name, place) in places {
             let mut read = || {
@@ -111,13 +151,25 @@ impl SafetensorsFile {
 ///
 /// # Errors
 /// [`Error::Io`] naming `path`.
-pub(super) fn write(path: &Path, tensors: &[(String, Tensor)], metadata: &[(&str, String)]) -> Result<()> {
+pub(super) fn write(
+    path: &Path,
+    tensors: &[(String, Tensor)],
+    metadata: &[(&str, String)],
+) -> Result<()> {
     let mut header = Map::new();
-    let metadata: Map<String, Value> = metadata.iter().map(|(k, v)| ((*k).to_owned(), json!(v))).collect();
+    let metadata: Map<String, Value> = metadata
+        .iter()
+        .map(|(k, v)| ((*k).to_owned(), json!(v)))
+        .collect();
     header.insert("__metadata__".to_owned(), Value::Object(metadata));
     // Wide types first keeps every tensor aligned, as readers that map the file expect.
     let mut ordered: Vec<_> = tensors.iter().collect();
-    ordered.sort_by(|(a, x), (b, y)| y.dtype().size_in_bytes().cmp(&x.dtype().size_in_bytes()).then_with(|| a.cmp(b)));
+    ordered.sort_by(|(a, x), (b, y)| {
+        y.dtype()
+            .size_in_bytes()
+            .cmp(&x.dtype().size_in_bytes())
+            .then_with(|| a.cmp(b))
+    });
     let mut end = 0;
     for (name, tensor) in &ordered {
         let start = end;
@@ -127,9 +179,17 @@ pub(super) fn write(path: &Path, tensors: &[(String, Tensor)], metadata: &[(&str
             DType::BF16 => "BF16",
             DType::F32 => "F32",
             DType::I64 => "I64",
-            other => return Err(Error::format(path, format!("tensor `{name}` of type {other:?} cannot be written"))),
+            other => {
+                return Err(Error::format(
+                    path,
+                    format!("tensor `{name}` of type {other:?} cannot be written"),
+                ));
+            }
         };
-        header.insert(name.clone(), json!({"dtype": dtype, "shape": tensor.dims(), "data_offsets": [start, end]}));
+        header.insert(
+            name.clone(),
+            json!({"dtype": dtype, "shape": tensor.dims(), "data_offsets": [start, end]}),
+        );
     }
     let mut header = Value::Object(header).to_string();
     while !header.len().is_multiple_of(8) {
@@ -138,6 +198,8 @@ pub(super) fn write(path: &Path, tensors: &[(String, Tensor)], metadata: &[(&str
     write_atomically(path, |to: &mut dyn Write| {
         to.write_all(&(header.len() as u64).to_le_bytes())?;
         to.write_all(header.as_bytes())?;
-        ordered.iter().try_for_each(|(_, tensor)| bytes::write_numbers(tensor, to))
+        ordered
+            .iter()
+            .try_for_each(|(_, tensor)| bytes::write_numbers(tensor, to))
     })
 }

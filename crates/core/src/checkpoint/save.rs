@@ -20,12 +20,30 @@ pub enum Layout {
     Safetensors,
 }
 
-pub(super) fn save(checkpoint: &Checkpoint, layout: Layout, dtype: Option<DType>, out: &Path) -> Result<()> {
-    let Checkpoint { arch, preprocess, .. } = checkpoint;
-    if let Some(other) = dtype.filter(|dtype| !matches!(dtype, DType::F16 | DType::BF16 | DType::F32)) {
-        return Err(Error::config("dtype", format!("{other:?}"), "expected f16, bf16 or f32"));
+pub(super) fn save(
+    checkpoint: &Checkpoint,
+    layout: Layout,
+    dtype: Option<DType>,
+    out: &Path,
+) -> Result<()> {
+    let Checkpoint {
+        arch, preprocess, ..
+    } = checkpoint;
+    if let Some(other) =
+        dtype.filter(|dtype| !matches!(dtype, DType::F16 | DType::BF16 | DType::F32))
+    {
+        return Err(Error::config(
+            "dtype",
+            format!("{other:?}"),
+            "expected f16, bf16 or f32",
+        ));
     }
-    let plain = || checkpoint.tensors.iter().map(|(name, tensor)| Ok(vec![(name.clone(), tensor.clone())]));
+    let plain = || {
+        checkpoint
+            .tensors
+            .iter()
+            .map(|(name, tensor)| Ok(vec![(name.clone(), tensor.clone())]))
+    };
     let format = ("format", "pt".to_owned());
     match layout {
         Layout::Safetensors => {
@@ -44,27 +62,49 @@ pub(super) fn save(checkpoint: &Checkpoint, layout: Layout, dtype: Option<DType>
         Layout::OpenClip => {
             let mut tensors = converted(plain(), dtype)?;
             // OpenCLIP's BatchNorm layers count batches in training and expect the count.
-            let counters: Vec<String> =
-                tensors.iter().filter_map(|(name, _)| Some(format!("{}num_batches_tracked", name.strip_suffix("running_mean")?))).collect();
+            let counters: Vec<String> = tensors
+                .iter()
+                .filter_map(|(name, _)| {
+                    Some(format!(
+                        "{}num_batches_tracked",
+                        name.strip_suffix("running_mean")?
+                    ))
+                })
+                .collect();
             for name in counters {
                 tensors.push((name, Tensor::zeros((), DType::I64, &Device::Cpu)?));
             }
             folder(out, |folder| {
-                json(&folder.join("open_clip_config.json"), &open_clip::config_json(arch, preprocess))?;
-                safetensors::write(&folder.join("open_clip_model.safetensors"), &tensors, &[format])
+                json(
+                    &folder.join("open_clip_config.json"),
+                    &open_clip::config_json(arch, preprocess),
+                )?;
+                safetensors::write(
+                    &folder.join("open_clip_model.safetensors"),
+                    &tensors,
+                    &[format],
+                )
             })
         }
         Layout::Hf => {
             let stored = checkpoint.tensors.values().map(Tensor::dtype);
-            let stored = stored.reduce(|a, b| if a == b { a } else { DType::F32 }).unwrap_or(DType::F32);
+            let stored = stored
+                .reduce(|a, b| if a == b { a } else { DType::F32 })
+                .unwrap_or(DType::F32);
             let config = hf::config_json(arch, dtype.unwrap_or(stored)).ok_or_else(|| {
                 Error::format(&checkpoint.path, "a ResNet, which transformers' CLIPModel does not know; write the OpenCLIP or the safetensors layout")
             })?;
-            let renamed = checkpoint.tensors.iter().map(|(name, tensor)| hf::from_openai(name, tensor));
+            let renamed = checkpoint
+                .tensors
+                .iter()
+                .map(|(name, tensor)| hf::from_openai(name, tensor));
             let tensors = converted(renamed, dtype)?;
             folder(out, |folder| {
                 json(&folder.join("config.json"), &config)?;
-                json(&folder.join("preprocessor_config.json"), &hf::preprocess_json(preprocess))?;
+                json(
+                    &folder.join("preprocessor_config.json"),
+                    &hf::preprocess_json(preprocess),
+                )?;
                 safetensors::write(&folder.join("model.safetensors"), &tensors, &[format])
             })
         }
@@ -83,7 +123,10 @@ fn converted(
                 Some(dtype) if dtype != tensor.dtype() => {
                     let tensor = tensor.to_dtype(dtype)?;
                     if let Some(value) = bytes::not_finite(&tensor)? {
-                        return Err(Error::NotFinite { what: format!("tensor `{name}` as {dtype:?}"), value: f64::from(value) });
+                        return Err(Error::NotFinite {
+                            what: format!("tensor `{name}` as {dtype:?}"),
+                            value: f64::from(value),
+                        });
                     }
                     tensor
                 }
@@ -106,7 +149,10 @@ fn json(path: &Path, value: &Value) -> Result<()> {
 fn folder(out: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let io = |e| Error::io(out, e);
     if out.is_file() || (out.is_dir() && std::fs::read_dir(out).map_err(io)?.next().is_some()) {
-        return Err(Error::format(out, "exists and is not an empty folder; choose another place or remove it"));
+        return Err(Error::format(
+            out,
+            "exists and is not an empty folder; choose another place or remove it",
+        ));
     }
     let parent = match out.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,

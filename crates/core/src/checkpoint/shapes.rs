@@ -16,24 +16,39 @@ pub fn expected_tensors(arch: &Arch) -> Vec<(String, Vec<usize>)> {
     let mut out = Shapes::new();
     let embed = arch.embed_dim;
     let mut add = |name: &str, shape: &[usize]| out.push((name.to_owned(), shape.to_vec()));
-    add("positional_embedding", &[arch.context_length, arch.text_width]);
+    add(
+        "positional_embedding",
+        &[arch.context_length, arch.text_width],
+    );
     add("text_projection", &[arch.text_width, embed]);
     add("logit_scale", &[]);
     match arch.vision {
-        VisionArch::Vit { layers, width, patch_size } => {
+        VisionArch::Vit {
+            layers,
+            width,
+            patch_size,
+        } => {
             let grid = arch.image_resolution.checked_div(patch_size).unwrap_or(0);
             add("visual.class_embedding", &[width]);
-            add("visual.positional_embedding", &[grid.saturating_mul(grid).saturating_add(1), width]);
+            add(
+                "visual.positional_embedding",
+                &[grid.saturating_mul(grid).saturating_add(1), width],
+            );
             add("visual.proj", &[width, embed]);
             add("visual.conv1.weight", &[width, 3, patch_size, patch_size]);
             norm(&mut out, "visual.ln_pre", width);
             transformer(&mut out, "visual.transformer", layers, width);
             norm(&mut out, "visual.ln_post", width);
         }
-        VisionArch::ResNet { layers, width } => resnet(&mut out, layers, width, arch.image_resolution / 32, embed),
+        VisionArch::ResNet { layers, width } => {
+            resnet(&mut out, layers, width, arch.image_resolution / 32, embed)
+        }
     }
     transformer(&mut out, "transformer", arch.text_layers, arch.text_width);
-    out.push(("token_embedding.weight".to_owned(), vec![arch.vocab_size, arch.text_width]));
+    out.push((
+        "token_embedding.weight".to_owned(),
+        vec![arch.vocab_size, arch.text_width],
+    ));
     norm(&mut out, "ln_final", arch.text_width);
     out
 }
@@ -79,18 +94,45 @@ fn resnet(out: &mut Shapes, layers: [usize; 4], width: usize, grid: usize, embed
         let to = planes.saturating_mul(4);
         for i in 0..blocks {
             let block = format!("visual.layer{}.{i}", stage + 1);
-            conv(format!("{block}.conv1"), format!("{block}.bn1"), planes, from, 1);
-            conv(format!("{block}.conv2"), format!("{block}.bn2"), planes, planes, 3);
-            conv(format!("{block}.conv3"), format!("{block}.bn3"), to, planes, 1);
+            conv(
+                format!("{block}.conv1"),
+                format!("{block}.bn1"),
+                planes,
+                from,
+                1,
+            );
+            conv(
+                format!("{block}.conv2"),
+                format!("{block}.bn2"),
+                planes,
+                planes,
+                3,
+            );
+            conv(
+                format!("{block}.conv3"),
+                format!("{block}.bn3"),
+                to,
+                planes,
+                1,
+            );
             if i == 0 {
-                conv(format!("{block}.downsample.0"), format!("{block}.downsample.1"), to, from, 1);
+                conv(
+                    format!("{block}.downsample.0"),
+                    format!("{block}.downsample.1"),
+                    to,
+                    from,
+                    1,
+                );
             }
             from = to;
         }
     }
     let wide = width.saturating_mul(32);
     let tokens = grid.saturating_mul(grid).saturating_add(1);
-    out.push(("visual.attnpool.positional_embedding".to_owned(), vec![tokens, wide]));
+    out.push((
+        "visual.attnpool.positional_embedding".to_owned(),
+        vec![tokens, wide],
+    ));
     for name in ["k_proj", "q_proj", "v_proj"] {
         linear(out, &format!("visual.attnpool.{name}"), wide, wide);
     }
@@ -98,73 +140,117 @@ fn resnet(out: &mut Shapes, layers: [usize; 4], width: usize, grid: usize, embed
 }
 
 /// Reads the sizes off the tensors' shapes, then checks that every tensor is there, has the right shape and is known.
-pub(super) fn infer(shapes: &BTreeMap<String, Vec<usize>>, activation: Activation, path: &Path) -> Result<Arch> {
+pub(super) fn infer(
+    shapes: &BTreeMap<String, Vec<usize>>,
+    activation: Activation,
+    path: &Path,
+) -> Result<Arch> {
     let arch = sizes(shapes, activation, path)?;
     let expected = expected_tensors(&arch);
     for (name, expected) in &expected {
         let found = shapes.get(name).ok_or_else(|| missing(path, name))?;
         if found != expected {
             let what = format!("tensor `{name}` of {}", path.display());
-            return Err(Error::Shape { what, found: found.clone(), expected: expected.clone() });
+            return Err(Error::Shape {
+                what,
+                found: found.clone(),
+                expected: expected.clone(),
+            });
         }
     }
     let known: BTreeSet<&str> = expected.iter().map(|(name, _)| name.as_str()).collect();
     match shapes.keys().find(|name| !known.contains(name.as_str())) {
-        Some(name) => Err(Error::format(path, format!("tensor `{name}` is not part of a CLIP of these sizes ({})", arch.name()))),
+        Some(name) => Err(Error::format(
+            path,
+            format!(
+                "tensor `{name}` is not part of a CLIP of these sizes ({})",
+                arch.name()
+            ),
+        )),
         None => Ok(arch),
     }
 }
 
 fn missing(path: &Path, name: &str) -> Error {
-    Error::MissingTensor { path: path.to_path_buf(), name: name.to_owned() }
+    Error::MissingTensor {
+        path: path.to_path_buf(),
+        name: name.to_owned(),
+    }
 }
 
-fn sizes(shapes: &BTreeMap<String, Vec<usize>>, activation: Activation, path: &Path) -> Result<Arch> {
+fn sizes(
+    shapes: &BTreeMap<String, Vec<usize>>,
+    activation: Activation,
+    path: &Path,
+) -> Result<Arch> {
     let bad = |message: String| Error::format(path, message);
     let dims = |name: &str, rank: usize| -> Result<&[usize]> {
         let shape = shapes.get(name).ok_or_else(|| missing(path, name))?;
         match shape.len() == rank && !shape.contains(&0) {
             true => Ok(shape),
-            false => Err(bad(format!("tensor `{name}` has shape {shape:?}, expected {rank} dimensions, none empty"))),
+            false => Err(bad(format!(
+                "tensor `{name}` has shape {shape:?}, expected {rank} dimensions, none empty"
+            ))),
         }
     };
-    let dim = |name: &str, rank: usize, axis: usize| Ok::<_, Error>(dims(name, rank)?.get(axis).copied().unwrap_or(0));
+    let dim = |name: &str, rank: usize, axis: usize| {
+        Ok::<_, Error>(dims(name, rank)?.get(axis).copied().unwrap_or(0))
+    };
     // Side of the square grid of patches behind a positional embedding that has one more row, for the class token.
     let grid = |name: &str| {
         let rows = dim(name, 2, 0)?;
         let side = (rows - 1).isqrt();
         match side > 0 && side * side == rows - 1 {
             true => Ok(side),
-            false => Err(bad(format!("tensor `{name}` has {rows} rows, expected a square number and one more"))),
+            false => Err(bad(format!(
+                "tensor `{name}` has {rows} rows, expected a square number and one more"
+            ))),
         }
     };
     let heads = |what: &str, width: usize| match width.is_multiple_of(HEAD_WIDTH) {
         true => Ok(width),
-        false => Err(bad(format!("the {what} tower has width {width}, expected a multiple of {HEAD_WIDTH}"))),
+        false => Err(bad(format!(
+            "the {what} tower has width {width}, expected a multiple of {HEAD_WIDTH}"
+        ))),
     };
     let (vision, image_resolution) = if shapes.contains_key("visual.proj") {
         let width = heads("image", dim("visual.conv1.weight", 4, 0)?)?;
         let patch_size = dim("visual.conv1.weight", 4, 3)?;
         let layers = blocks(shapes, "visual.transformer.resblocks.");
         let resolution = grid("visual.positional_embedding")?.checked_mul(patch_size);
-        (VisionArch::Vit { layers, width, patch_size }, resolution)
+        (
+            VisionArch::Vit {
+                layers,
+                width,
+                patch_size,
+            },
+            resolution,
+        )
     } else if shapes.contains_key("visual.attnpool.positional_embedding") {
         let width = dim("visual.conv3.weight", 4, 0)?;
         if !width.is_multiple_of(2) {
-            return Err(bad(format!("the image tower's stem has width {width}, expected an even number")));
+            return Err(bad(format!(
+                "the image tower's stem has width {width}, expected an even number"
+            )));
         }
         let layers = [1, 2, 3, 4].map(|stage| blocks(shapes, &format!("visual.layer{stage}.")));
         if layers.contains(&0) {
-            return Err(bad(format!("the image tower has stages of {layers:?} blocks, expected at least one each")));
+            return Err(bad(format!(
+                "the image tower has stages of {layers:?} blocks, expected at least one each"
+            )));
         }
-        (VisionArch::ResNet { layers, width }, grid("visual.attnpool.positional_embedding")?.checked_mul(32))
+        (
+            VisionArch::ResNet { layers, width },
+            grid("visual.attnpool.positional_embedding")?.checked_mul(32),
+        )
     } else {
         return Err(bad("no CLIP image tower found: neither `visual.proj` (ViT) nor `visual.attnpool.positional_embedding` (ResNet) is there".to_owned()));
     };
     let text_width = heads("text", dim("ln_final.weight", 1, 0)?)?;
     Ok(Arch {
         embed_dim: dim("text_projection", 2, 1)?,
-        image_resolution: image_resolution.ok_or_else(|| bad("the image size overflows".to_owned()))?,
+        image_resolution: image_resolution
+            .ok_or_else(|| bad("the image size overflows".to_owned()))?,
         vision,
         context_length: dim("positional_embedding", 2, 0)?,
         vocab_size: dim("token_embedding.weight", 2, 0)?,
@@ -176,7 +262,9 @@ fn sizes(shapes: &BTreeMap<String, Vec<usize>>, activation: Activation, path: &P
 
 /// How many different blocks there are below a prefix.
 fn blocks(shapes: &BTreeMap<String, Vec<usize>>, prefix: &str) -> usize {
-    let below = shapes.keys().filter_map(|name| name.strip_prefix(prefix)?.split('.').next());
+    let below = shapes
+        .keys()
+        .filter_map(|name| name.strip_prefix(prefix)?.split('.').next());
     below.collect::<BTreeSet<_>>().len()
 }
 
@@ -184,8 +272,12 @@ fn blocks(shapes: &BTreeMap<String, Vec<usize>>, prefix: &str) -> usize {
 mod tests {
     use super::*;
 
-    pub(crate) fn published() -> Vec<(Arch, usize)> {
-        let vit = |layers, width, patch_size| VisionArch::Vit { layers, width, patch_size };
+    fn published() -> Vec<(Arch, usize)> {
+        let vit = |layers, width, patch_size| VisionArch::Vit {
+            layers,
+            width,
+            patch_size,
+        };
         let rn = |layers, width| VisionArch::ResNet { layers, width };
         let arch = |vision, image_resolution, embed_dim, text_width| Arch {
             embed_dim,
@@ -215,11 +307,18 @@ mod tests {
     fn published_models_have_their_number_of_parameters_and_are_recognised() {
         for (arch, parameters) in published() {
             let expected = expected_tensors(&arch);
-            let learned = expected.iter().filter(|(name, _)| !name.contains("running_"));
-            let count: usize = learned.map(|(_, shape)| shape.iter().product::<usize>()).sum();
+            let learned = expected
+                .iter()
+                .filter(|(name, _)| !name.contains("running_"));
+            let count: usize = learned
+                .map(|(_, shape)| shape.iter().product::<usize>())
+                .sum();
             assert_eq!(count, parameters, "{}", arch.name());
             let shapes: BTreeMap<_, _> = expected.into_iter().collect();
-            assert_eq!(infer(&shapes, Activation::QuickGelu, Path::new("x")).unwrap(), arch);
+            assert_eq!(
+                infer(&shapes, Activation::QuickGelu, Path::new("x")).unwrap(),
+                arch
+            );
         }
     }
 
@@ -237,8 +336,13 @@ mod tests {
             }
             let mut shapes = full;
             shapes.insert("text_bias".to_owned(), vec![1]);
-            let error = infer(&shapes, Activation::Gelu, Path::new("w.pt")).unwrap_err().to_string();
-            assert!(error.starts_with("w.pt: tensor `text_bias` is not part of"), "{error}");
+            let error = infer(&shapes, Activation::Gelu, Path::new("w.pt"))
+                .unwrap_err()
+                .to_string();
+            assert!(
+                error.starts_with("w.pt: tensor `text_bias` is not part of"),
+                "{error}"
+            );
         }
     }
 }

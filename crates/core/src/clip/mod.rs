@@ -8,6 +8,7 @@ mod vit;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 
 use self::block::Weights;
 use self::resnet::ResNet;
@@ -209,7 +210,11 @@ impl ImageTower {
     /// # Errors
     /// [`Error::Shape`] if the pixels are not of the tower's resolution.
     pub fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
-        self.encode_probed(pixels, &mut |_, _| Ok(()))
+        self.expect(pixels)?;
+        each_image(pixels, |image| match &self.tower {
+            Tower::Vit(tower) => tower.encode(image, &mut |_, _| Ok(())),
+            Tower::ResNet(tower) => tower.encode(image, &mut |_, _| Ok(())),
+        })
     }
 
     /// As [`ImageTower::encode`], showing every hidden state to `probe`.
@@ -234,10 +239,10 @@ impl ImageTower {
     /// As [`ImageTower::encode`].
     pub fn encode_dense(&self, pixels: &Tensor) -> Result<Tensor> {
         self.expect(pixels)?;
-        match &self.tower {
-            Tower::Vit(tower) => tower.encode_dense(pixels),
-            Tower::ResNet(tower) => tower.encode_dense(pixels, true),
-        }
+        each_image(pixels, |image| match &self.tower {
+            Tower::Vit(tower) => tower.encode_dense(image),
+            Tower::ResNet(tower) => tower.encode_dense(image, true),
+        })
     }
 
     /// As [`ImageTower::encode_dense`] for a ResNet at any resolution that 32 divides, with or without the pool's
@@ -272,4 +277,23 @@ impl ImageTower {
             Tower::Vit(_) => Err(Error::Data("a ViT has no last stage".into())),
         }
     }
+}
+
+/// Runs `encode` on every image alone, in parallel.
+///
+/// The matrix kernels choose their blocks by the number of rows, so a product's last bits depend on it. One image at a time
+/// makes a feature independent of its batch, which the feature cache rests on.
+fn each_image(
+    pixels: &Tensor,
+    encode: impl Fn(&Tensor) -> Result<Tensor> + Sync,
+) -> Result<Tensor> {
+    let batch = pixels.dims().first().copied().unwrap_or(0);
+    if batch == 0 {
+        return Err(Error::Data("the batch holds no image".into()));
+    }
+    let features: Vec<Tensor> = (0..batch)
+        .into_par_iter()
+        .map(|i| encode(&pixels.narrow(0, i, 1)?))
+        .collect::<Result<_>>()?;
+    Ok(Tensor::cat(&features, 0)?)
 }
