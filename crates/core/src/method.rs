@@ -41,7 +41,10 @@ pub trait Predictor: std::fmt::Debug {
     ) -> Result<Box<dyn Classifier + 'a>>;
 
     /// The learned tensors under the authors' keys.
-    fn tensors(&self) -> Vec<(String, Tensor)>;
+    ///
+    /// # Errors
+    /// Whatever the tensor library refuses.
+    fn tensors(&self) -> Result<Vec<(String, Tensor)>>;
 
     /// How the training went, if there was one since the predictor was made.
     fn training(&self) -> Option<&History> {

@@ -194,7 +194,7 @@ impl Optimizer {
                     expected: shape.dims().to_vec(),
                 });
             }
-            let mut p = param.value().flatten_all()?.to_vec1::<f32>()?;
+            let mut p = param.value()?.flatten_all()?.to_vec1::<f32>()?;
             let g = gradient.flatten_all()?.to_vec1::<f32>()?;
             state.update(&self.config, &mut p, g, lr(param.name()));
             params.set(index, &Tensor::from_vec(p, shape, &Device::Cpu)?)?;
@@ -489,7 +489,7 @@ mod tests {
                 optimizer.step(&params, &gradients, |_| lr)?;
                 judge.update(&config, f64::from(g), lr);
             }
-            let p = params.tensors()[0].1.to_vec1::<f32>()?[0];
+            let p = params.tensors()?[0].1.to_vec1::<f32>()?[0];
             prop_assert!((f64::from(p) - judge.p).abs() < 2e-6, "{config:?}: {p} {}", judge.p);
         }
     }
@@ -503,7 +503,7 @@ mod tests {
         let gradients = Gradients::of(&(a.tensor() - a.tensor())?.sum_all()?, &params)?;
         optimizer.step(&params, &gradients, |_| 0.1)?;
         let values: Vec<f32> = params
-            .tensors()
+            .tensors()?
             .iter()
             .map(|(_, t)| t.to_vec1::<f32>().unwrap()[0])
             .collect();

@@ -26,9 +26,12 @@ impl Param {
         self.var.as_tensor()
     }
 
-    /// The present value without a gradient.
-    pub fn value(&self) -> Tensor {
-        self.var.as_detached_tensor()
+    /// A copy of the present value, without a gradient; later updates do not reach it.
+    ///
+    /// # Errors
+    /// Whatever the tensor library refuses.
+    pub fn value(&self) -> Result<Tensor> {
+        Ok(self.var.as_detached_tensor().copy()?)
     }
 }
 
@@ -137,11 +140,14 @@ impl Params {
         Ok(())
     }
 
-    /// Names and values, as they are saved.
-    pub fn tensors(&self) -> Vec<(String, Tensor)> {
+    /// Names and copies of the values, as they are saved.
+    ///
+    /// # Errors
+    /// As [`Param::value`].
+    pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
         self.list
             .iter()
-            .map(|p| (p.name.clone(), p.value()))
+            .map(|p| Ok((p.name.clone(), p.value()?)))
             .collect()
     }
 
@@ -235,7 +241,7 @@ mod tests {
             Ok(params
                 .get("ctx")
                 .ok_or(Error::Cancelled)?
-                .value()
+                .value()?
                 .flatten_all()?
                 .to_vec1()?)
         };
@@ -249,7 +255,7 @@ mod tests {
         let mut params = Params::new(0);
         params.normal("a", 2, 1.0)?;
         params.normal("b", 2, 1.0)?;
-        let before = params.tensors()[0].1.to_vec1::<f32>()?;
+        let before = params.tensors()?[0].1.to_vec1::<f32>()?;
         let ones = Tensor::ones(2, DType::F32, &Device::Cpu)?;
         let mut tensors = BTreeMap::from([("a".to_owned(), ones.clone())]);
         assert!(
@@ -267,10 +273,10 @@ mod tests {
                 .to_string()
                 .contains("NaN")
         );
-        assert_eq!(params.tensors()[0].1.to_vec1::<f32>()?, before);
+        assert_eq!(params.tensors()?[0].1.to_vec1::<f32>()?, before);
         tensors.insert("b".into(), ones);
         params.load(&tensors)?;
-        assert_eq!(params.tensors()[0].1.to_vec1::<f32>()?, [1.0, 1.0]);
+        assert_eq!(params.tensors()?[0].1.to_vec1::<f32>()?, [1.0, 1.0]);
         Ok(())
     }
 

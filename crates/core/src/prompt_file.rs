@@ -52,6 +52,9 @@ struct Header {
 
 impl PromptFile {
     /// The file's content for a fitted predictor.
+    ///
+    /// # Errors
+    /// Whatever the tensor library refuses.
     pub fn new(
         method: &str,
         config: Value,
@@ -60,16 +63,16 @@ impl PromptFile {
         seed: u64,
         notes: Value,
         predictor: &dyn Predictor,
-    ) -> Self {
-        Self {
+    ) -> Result<Self> {
+        Ok(Self {
             method: method.to_owned(),
             config,
             clip: ClipId::of(clip),
             classes: classes.clone(),
             seed,
             notes,
-            tensors: predictor.tensors().into_iter().collect(),
-        }
+            tensors: predictor.tensors()?.into_iter().collect(),
+        })
     }
 
     /// Writes the file; an existing one is replaced only when everything is on disk.

@@ -269,7 +269,11 @@ pub fn gradients<O: Objective + ?Sized>(
         epoch: step.epoch + 1,
         step: step.index + 1,
     };
-    let loss = objective.loss(clip, batch, step)?;
+    let loss = objective.loss(clip, batch, step).map_err(|e| match e {
+        // A context that has run away shows first in what is computed from it.
+        Error::NotFinite { what, value } => diverged(&what, value),
+        e => e,
+    })?;
     for (name, term) in &loss.terms {
         let value = f64::from(term.to_scalar::<f32>()?);
         if !value.is_finite() {
@@ -461,7 +465,7 @@ pub fn train<O: Objective>(
             Some(val) => Some(accuracy(objective, clip, val, &data.classes)?),
             None => None,
         };
-        saved.finish_epoch(lr, val_accuracy, objective.params());
+        saved.finish_epoch(lr, val_accuracy, objective.params())?;
     }
     run.progress.finish();
     if let Some(best) = &saved.best {

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use crate::preprocess_stub::Pixels;
+use cliptune_core::preprocess::{Mode, Pixels};
+
 use crate::{Error, Result};
 
 /// Decodes an image file to RGB.
@@ -12,9 +13,6 @@ use crate::{Error, Result};
 pub fn decode(bytes: &[u8], name: &Path) -> Result<Pixels> {
     let image = image::load_from_memory(bytes).map_err(|e| Error::image(name, e.to_string()))?;
     let image = image.into_rgb8();
-    Ok(Pixels {
-        width: image.width() as usize,
-        height: image.height() as usize,
-        rgb: image.into_raw(),
-    })
+    let (width, height) = (image.width() as usize, image.height() as usize);
+    Ok(Pixels::new(width, height, Mode::Rgb, image.into_raw())?)
 }

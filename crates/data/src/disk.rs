@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
+use cliptune_core::preprocess::{Pixels, fixed_view, random_view};
 use cliptune_core::rng::Rng;
 use cliptune_core::{ImageSource, Preprocess, View};
 use rayon::prelude::*;
 
 use crate::decode::decode;
-use crate::preprocess_stub::{Pixels, fixed_view, random_view};
 use crate::{Error, Result};
 
 /// Image files as an [`ImageSource`]: read, decoded and transformed when asked for, in parallel.
@@ -88,13 +88,15 @@ impl DiskImages {
         })
     }
 
-    fn transformed(&self, index: usize, preprocess: &Preprocess, view: View) -> Result<Tensor> {
+    /// `(3, side, side)`.
+    fn transformed(&self, index: usize, preprocess: &Preprocess, view: View) -> Result<Vec<f32>> {
         let pixels = self.file(index)?.pixels()?;
         Ok(match view {
             View::Fixed => fixed_view(&pixels, preprocess)?,
             View::Random { seed, draw } => {
+                // One stream per image, so the order of threads does not matter.
                 let mut rng = Rng::stream(seed, "view", &[draw as u64, index as u64]);
-                random_view(&pixels, preprocess, &mut rng)?
+                random_view(&pixels, preprocess, &mut || rng.uniform())?
             }
         })
     }
@@ -160,14 +162,10 @@ impl ImageSource for DiskImages {
         preprocess: &Preprocess,
         view: View,
     ) -> cliptune_core::Result<Tensor> {
-        if indices.is_empty() {
-            let side = preprocess.resolution;
-            let (dtype, device) = (candle_core::DType::F32, &candle_core::Device::Cpu);
-            return Ok(Tensor::zeros((0, 3, side, side), dtype, device)?);
-        }
         let one = |&index: &usize| self.transformed(index, preprocess, view);
-        let images: Vec<Tensor> = indices.par_iter().map(one).collect::<Result<_>>()?;
-        Ok(Tensor::stack(&images, 0)?)
+        let images: Vec<Vec<f32>> = indices.par_iter().map(one).collect::<Result<_>>()?;
+        let shape = (images.len(), 3, preprocess.resolution, preprocess.resolution);
+        Ok(Tensor::from_vec(images.concat(), shape, &Device::Cpu)?)
     }
 }
 

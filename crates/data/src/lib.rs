@@ -1,16 +1,17 @@
 #![doc = include_str!("../README.md")]
 
+mod cache;
 mod dataset;
 pub mod decode;
 mod disk;
 mod error;
 mod few_shot;
 pub mod metrics;
-mod preprocess_stub;
 mod python_random;
 #[cfg(test)]
 mod testing;
 
+pub use cache::{CachedFeatures, Event};
 pub use dataset::{ClassCounts, Dataset, SplitOrigin};
 pub use disk::{BadImage, DiskImages};
 pub use error::{Error, Result};

@@ -1,5 +1,6 @@
 //! How good predictions are.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
@@ -162,7 +163,7 @@ pub fn top_k(logits: &Tensor, k: usize) -> Result<Vec<Vec<(u32, f32)>>> {
     let top = |row: Vec<f32>| {
         let mut classes: Vec<(u32, f32)> = (0..).zip(row).collect();
         // Stable, so equal logits stay in the order of classes; none is NaN.
-        classes.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        classes.sort_by(|a, b| b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal));
         classes.truncate(k);
         classes
     };

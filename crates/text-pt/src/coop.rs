@@ -319,7 +319,7 @@ impl Predictor for CoOp {
         )))
     }
 
-    fn tensors(&self) -> Vec<(String, Tensor)> {
+    fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
         self.params.tensors()
     }
 

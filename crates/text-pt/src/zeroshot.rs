@@ -188,7 +188,7 @@ impl Predictor for ZeroShot {
         Ok(Box::new(TextClassifier::new(clip, features)))
     }
 
-    fn tensors(&self) -> Vec<(String, Tensor)> {
-        Vec::new()
+    fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        Ok(Vec::new())
     }
 }

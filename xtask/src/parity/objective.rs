@@ -56,7 +56,7 @@ pub(crate) fn train<O: Objective>(
     }
     check.list(case, "expect.losses", &losses, AFTER)?;
     for param in objective.params().iter() {
-        check.parameter(case, param.name(), &param.value())?;
+        check.parameter(case, param.name(), &param.value()?)?;
     }
     Ok(())
 }

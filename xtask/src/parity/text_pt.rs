@@ -103,7 +103,7 @@ pub(crate) fn coop(case: &Case, models: &mut Models, check: &mut Check) -> Resul
         // A context from words starts at their embedding; the case's start value must be just that.
         Some(words) => {
             let fresh = CoOp::new(&config, &clip, &classes, 0)?;
-            let ctx = fresh.params().tensors().remove(0).1;
+            let ctx = fresh.params().tensors()?.remove(0).1;
             check.numbers(
                 "init.ctx",
                 &super::check::values(&ctx)?,

@@ -3,15 +3,16 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use anyhow::{Context, Result, bail};
-use cliptune::data::{BadImage, ClassCounts, ClassSubset, Dataset, DiskImages};
+use anyhow::{Context, Error, Result, bail};
+use cliptune::data::{
+    BadImage, CachedFeatures, ClassCounts, ClassSubset, Dataset, DiskImages, Event,
+};
 use cliptune::prompt_file::PromptFile;
 use cliptune::run::Progress;
 use cliptune::{Classes, Clip, ImageNeeds, ImageSource, Labelled, View};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::pending::CachedFeatures;
 use super::progress::Show;
 
 /// Which classes are taken.
@@ -82,15 +83,15 @@ impl SplitName {
 pub(crate) enum CachePlan {
     /// In this folder, for later runs too.
     In(PathBuf),
-    /// In memory.
-    Memory,
+    /// In a temporary file.
+    Temporary,
 }
 
 impl CachePlan {
     pub(crate) fn new(folder: Option<PathBuf>, no_cache: bool) -> Self {
         match folder {
             Some(folder) => Self::In(folder),
-            None if no_cache => Self::Memory,
+            None if no_cache => Self::Temporary,
             None => Self::user(),
         }
     }
@@ -109,7 +110,7 @@ impl CachePlan {
         } else {
             variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")))
         };
-        base.map_or(Self::Memory, |base| Self::In(base.join("cliptune")))
+        base.map_or(Self::Temporary, |base| Self::In(base.join("cliptune")))
     }
 }
 
@@ -376,15 +377,15 @@ pub(crate) fn encode(
     show: &mut Show,
 ) -> Result<Labelled> {
     let items = |split: &[(usize, u32)]| split.iter().map(|(item, _)| *item).collect::<Vec<_>>();
-    let source = cached(labelled.train.source().clone(), clip, cache)?;
+    let source = cached(labelled.train.source().clone(), clip, cache);
     for view in views {
         let mut items = items(labelled.train.items());
         if let (View::Fixed, Some(val)) = (view, &labelled.val) {
             items.extend(val.items().iter().map(|(item, _)| *item));
         }
-        source.prepare(clip, &items, needs, *view, show)?;
+        prepare(&source, clip, &items, needs, *view, show)?;
     }
-    let source: Arc<dyn ImageSource> = source.into_source();
+    let source: Arc<dyn ImageSource> = Arc::new(source);
     Ok(Labelled {
         train: labelled.train.with_source(source.clone()),
         val: labelled.val.as_ref().map(|val| val.with_source(source)),
@@ -401,17 +402,43 @@ pub(crate) fn encode_items(
     cache: &CachePlan,
     show: &mut Show,
 ) -> Result<Arc<dyn ImageSource>> {
-    let source = cached(data.dataset.images().clone(), clip, cache)?;
-    if needs != ImageNeeds::Pixels {
-        source.prepare(clip, items, needs, View::Fixed, show)?;
-    }
-    Ok(source.into_source())
+    let source = cached(data.dataset.images().clone(), clip, cache);
+    prepare(&source, clip, items, needs, View::Fixed, show)?;
+    Ok(Arc::new(source))
 }
 
-fn cached(inner: Arc<dyn ImageSource>, clip: &Clip, cache: &CachePlan) -> Result<CachedFeatures> {
+fn cached(inner: Arc<dyn ImageSource>, clip: &Clip, cache: &CachePlan) -> CachedFeatures {
     let folder = match cache {
-        CachePlan::In(folder) => Some(folder.as_path()),
-        CachePlan::Memory => None,
+        CachePlan::In(folder) => Some(folder.clone()),
+        CachePlan::Temporary => None,
     };
     CachedFeatures::new(inner, clip, folder)
+}
+
+fn prepare(
+    source: &CachedFeatures,
+    clip: &Clip,
+    items: &[usize],
+    needs: ImageNeeds,
+    view: View,
+    show: &mut Show,
+) -> Result<()> {
+    let mut started = false;
+    let prepared = source.prepare(clip, items, needs, view, &mut |event| match event {
+        Event::Progress { done, total } => {
+            if !started {
+                show.start("encoding images", done as u64, total as u64);
+                started = true;
+            }
+            show.advanced(done as u64);
+        }
+        Event::Warning(message) => show.note(&format!("warning   {message}")),
+    });
+    show.finish();
+    prepared.map_err(|error| match error {
+        error @ cliptune::data::Error::Image { .. } => {
+            Error::new(error).context("an image cannot be used; --skip-bad-images leaves such out")
+        }
+        error => error.into(),
+    })
 }

@@ -59,7 +59,7 @@ pub(crate) struct Eval {
         conflicts_with = "no_cache"
     )]
     cache: Option<PathBuf>,
-    /// Keep encoded images in memory only
+    /// Keep no encoded images for later runs
     #[arg(long, help_heading = "Data")]
     no_cache: bool,
     /// Print one JSON object

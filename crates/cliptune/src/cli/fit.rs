@@ -62,7 +62,7 @@ pub(crate) struct Fit {
         conflicts_with = "no_cache"
     )]
     cache: Option<PathBuf>,
-    /// Keep encoded images in memory only
+    /// Keep no encoded images for later runs
     #[arg(long, help_heading = "Data")]
     no_cache: bool,
 
@@ -167,11 +167,11 @@ impl Fit {
         checkpoint.push(".ckpt");
         let cache = match (&self.cache, self.no_cache) {
             (Some(folder), _) => CachePlan::In(folder.clone()),
-            (None, true) => CachePlan::Memory,
+            (None, true) => CachePlan::Temporary,
             (None, false) => match (file.cache, file.no_cache.unwrap_or(false)) {
                 (Some(_), true) => bail!("cache and no_cache exclude each other"),
                 (Some(folder), false) => CachePlan::In(folder),
-                (None, true) => CachePlan::Memory,
+                (None, true) => CachePlan::Temporary,
                 (None, false) => CachePlan::user(),
             },
         };
@@ -257,7 +257,7 @@ impl Plan {
             self.seed,
             notes,
             predictor.as_ref(),
-        )
+        )?
         .save(&self.out)
         .with_context(|| match self.checkpoint.path.exists() {
             true => format!(
@@ -277,7 +277,7 @@ impl Plan {
         }
 
         let learned: usize = predictor
-            .tensors()
+            .tensors()?
             .iter()
             .map(|(_, t)| t.elem_count())
             .sum();

@@ -92,7 +92,7 @@ impl Import {
             seed,
             notes,
             predictor.as_ref(),
-        )
+        )?
         .save(&self.out)
         .context("the prompt cannot be written")?;
         if !self.model.machine.quiet {

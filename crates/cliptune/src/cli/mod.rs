@@ -11,7 +11,6 @@ mod inspect;
 mod list;
 mod model;
 mod out;
-mod pending;
 mod predict;
 mod predictor;
 mod progress;

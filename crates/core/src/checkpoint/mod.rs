@@ -6,6 +6,7 @@
 
 mod bytes;
 mod config;
+mod graph;
 mod hf;
 mod open;
 mod open_clip;
@@ -17,6 +18,7 @@ mod shapes;
 #[cfg(test)]
 mod tests;
 mod torch;
+mod window;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

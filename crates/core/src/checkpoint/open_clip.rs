@@ -201,7 +201,9 @@ fn known(config: &Config, pointer: &str, value: &Value) -> Result<()> {
         ));
     };
     let same_number = value.as_f64().is_some_and(|v| expected.parse() == Ok(v));
-    match same_number || value.to_string() == *expected {
+    let same = same_number
+        || serde_json::from_str::<Value>(expected).is_ok_and(|expected| expected == *value);
+    match same {
         true => Ok(()),
         false => Err(config.wrong(pointer, value, expected)),
     }

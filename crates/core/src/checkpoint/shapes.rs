@@ -272,7 +272,7 @@ fn blocks(shapes: &BTreeMap<String, Vec<usize>>, prefix: &str) -> usize {
 mod tests {
     use super::*;
 
-    pub(crate) fn published() -> Vec<(Arch, usize)> {
+    fn published() -> Vec<(Arch, usize)> {
         let vit = |layers, width, patch_size| VisionArch::Vit {
             layers,
             width,

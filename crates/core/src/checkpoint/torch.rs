@@ -7,33 +7,23 @@ use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use zip::ZipArchive;
 
 use super::bytes::{self, Budget};
-use super::pickle::{self, Graph, MAX_PICKLE, Node, NodeId, shorten};
+use super::graph::{Graph, Node, NodeId, shorten};
+use super::pickle::{self, MAX_PICKLE};
+use super::window::{Window, storage_id, window};
 use crate::{Error, Result};
 
 /// First bytes of what `torch.save` wrote before version 1.6: a pickled magic number.
 pub(super) const LEGACY_MAGIC: &[u8] = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.";
 
-const MAX_RANK: usize = 8;
-/// Limits on the walk through a TorchScript module tree; RN50x64 has about 1,300 modules of a dozen attributes, 6 deep.
+/// Limits on the walk through a TorchScript module tree; RN50x64 has about a thousand modules of a dozen attributes, 6 deep.
 /// Modules may be shared, so the pickle's length alone does not bound the walk.
 const MAX_ATTRIBUTES: usize = 100_000;
 const MAX_DEPTH: usize = 64;
 const MAX_NAME: usize = 1024;
-
-/// Where a tensor's numbers are: a strided window on a storage.
-#[derive(Debug)]
-struct Window {
-    storage: String,
-    storage_len: usize,
-    dtype: DType,
-    offset: usize,
-    shape: Vec<usize>,
-    strides: Vec<usize>,
-}
 
 /// An opened file, with no tensor read yet.
 pub(super) struct TorchFile {
@@ -77,7 +67,7 @@ impl TorchFile {
                 bad("a zip archive without data.pkl, so not one that torch wrote".to_owned())
             })?;
         let order = read_entry(&mut archive, &format!("{root}byteorder"), 16, file_len);
-        if order.is_ok_and(|order| order == b"big") {
+        if order.is_ok_and(|order| order.trim_ascii() == b"big") {
             return Err(bad(
                 "the numbers are big-endian, expected little-endian".to_owned()
             ));
@@ -239,6 +229,13 @@ fn state_dict(graph: &Graph, dict: NodeId) -> Result<BTreeMap<String, Window>, S
     Ok(windows)
 }
 
+/// Whether a node is one of the values that TorchScript builds by calls besides tensors.
+fn is_setting(graph: &Graph, id: NodeId) -> bool {
+    graph
+        .class(id)
+        .is_some_and(|class| class.0 == "torch.jit._pickle" || class == ("torch", "device"))
+}
+
 /// Whether a node is a TorchScript module.
 fn is_module(graph: &Graph, id: NodeId) -> bool {
     let scripted = |(module, _): (&str, &str)| {
@@ -283,11 +280,8 @@ fn module_tree(graph: &Graph) -> Result<BTreeMap<String, Window>, String> {
                 _ if is_module(graph, value) => {
                     open.push((value, format!("{prefix}{name}."), depth + 1));
                 }
-                // Typed lists and the like: settings of layers.
-                Node::Call { .. }
-                    if graph
-                        .class(value)
-                        .is_some_and(|(module, _)| module == "torch.jit._pickle") => {}
+                // Typed lists and devices: settings of layers.
+                Node::Call { .. } if is_setting(graph, value) => {}
                 Node::Call { .. } => {
                     let window = window(graph, value)
                         .map_err(|e| format!("attribute `{prefix}{name}`: {e}"))?;
@@ -298,202 +292,6 @@ fn module_tree(graph: &Graph) -> Result<BTreeMap<String, Window>, String> {
         }
     }
     Ok(windows)
-}
-
-/// Reads what a call would build, if it builds a tensor.
-fn window(graph: &Graph, mut id: NodeId) -> Result<Window, String> {
-    // A parameter wraps a tensor; nothing that torch writes wraps more than once or twice.
-    for _ in 0..4 {
-        let foreign = || {
-            format!(
-                "is a `{}`, expected a tensor; nothing else is read or run",
-                graph.class_name(id)
-            )
-        };
-        let Node::Call { callable, args } = graph.node(id) else {
-            return Err(foreign());
-        };
-        let Node::Global(module, function) = graph.node(*callable) else {
-            return Err(foreign());
-        };
-        let Node::Tuple(args) = graph.node(*args) else {
-            return Err(foreign());
-        };
-        match (module.as_str(), function.as_str(), args.as_slice()) {
-            (
-                "torch._utils",
-                "_rebuild_parameter" | "_rebuild_parameter_with_state",
-                [data, ..],
-            ) => id = *data,
-            (
-                "torch._utils",
-                "_rebuild_tensor_v2" | "_rebuild_tensor",
-                [storage, offset, shape, strides, ..],
-            ) => {
-                return Window::new(graph, *storage, *offset, *shape, *strides);
-            }
-            _ => return Err(foreign()),
-        }
-    }
-    Err("is a parameter of a parameter, expected a tensor".to_owned())
-}
-
-impl Window {
-    fn new(
-        graph: &Graph,
-        storage: NodeId,
-        offset: NodeId,
-        shape: NodeId,
-        strides: NodeId,
-    ) -> Result<Self, String> {
-        let Node::Persistent(id) = graph.node(storage) else {
-            return Err("does not refer to a storage".to_owned());
-        };
-        let (storage, dtype, storage_len) = storage_id(graph, *id)?;
-        let window = Self {
-            storage: storage.to_owned(),
-            storage_len,
-            dtype,
-            offset: size(graph, offset)?,
-            shape: sizes(graph, shape)?,
-            strides: sizes(graph, strides)?,
-        };
-        let inside = || -> Option<bool> {
-            let numel = window
-                .shape
-                .iter()
-                .try_fold(1usize, |n, d| n.checked_mul(*d))?;
-            numel.checked_mul(dtype.size_in_bytes())?;
-            if numel == 0 {
-                return Some(window.offset <= storage_len);
-            }
-            let mut last = window.offset;
-            for (d, s) in window.shape.iter().zip(&window.strides) {
-                last = last.checked_add(d.checked_sub(1)?.checked_mul(*s)?)?;
-            }
-            // More elements than the storage has: an expanded view, which could stand for any amount of memory.
-            Some(last < storage_len && numel <= storage_len)
-        };
-        if window.shape.len() != window.strides.len() || inside() != Some(true) {
-            return Err(format!(
-                "shape {:?} with strides {:?} from {} does not fit its storage of {storage_len} elements",
-                window.shape, window.strides, window.offset
-            ));
-        }
-        Ok(window)
-    }
-
-    /// Whether the tensor is the whole storage, in order.
-    fn covers(&self, storage: &[u8]) -> bool {
-        let mut expected = 1usize;
-        for (d, s) in self.shape.iter().zip(&self.strides).rev() {
-            if *d != 1 && *s != expected {
-                return false;
-            }
-            expected = expected.saturating_mul(*d);
-        }
-        self.offset == 0 && expected.checked_mul(self.dtype.size_in_bytes()) == Some(storage.len())
-    }
-
-    /// The elements in row-major order.
-    fn pick(&self, storage: &[u8], budget: &mut Budget) -> Result<Vec<u8>, String> {
-        let width = self.dtype.size_in_bytes();
-        if self.storage_len.checked_mul(width) != Some(storage.len()) {
-            return Err(format!(
-                "its storage has {} bytes, expected {} times {width}",
-                storage.len(),
-                self.storage_len
-            ));
-        }
-        // Checked to fit by `new`.
-        let numel: usize = self.shape.iter().product();
-        budget.take(numel.saturating_mul(width))?;
-        let mut picked = Vec::with_capacity(numel * width);
-        let mut index = vec![0usize; self.shape.len()];
-        let mut at = self.offset;
-        for _ in 0..numel {
-            let element = storage
-                .get(at * width..(at + 1) * width)
-                .ok_or("reaches beyond its storage")?;
-            picked.extend_from_slice(element);
-            for axis in (0..index.len()).rev() {
-                let (Some(i), Some(&d), Some(&s)) = (
-                    index.get_mut(axis),
-                    self.shape.get(axis),
-                    self.strides.get(axis),
-                ) else {
-                    break;
-                };
-                // Wrapping, because the stride of an axis of length 1 may be anything; what is added there is taken off again.
-                *i += 1;
-                at = at.wrapping_add(s);
-                if *i < d {
-                    break;
-                }
-                *i = 0;
-                at = at.wrapping_sub(d.wrapping_mul(s));
-            }
-        }
-        Ok(picked)
-    }
-}
-
-/// Key, element type and length of the storage that a persistent id names.
-fn storage_id(graph: &Graph, id: NodeId) -> Result<(&str, DType, usize), String> {
-    let Node::Tuple(parts) = graph.node(id) else {
-        return Err("a storage is not named by a tuple".to_owned());
-    };
-    let [tag, class, key, _location, len, view @ ..] = parts.as_slice() else {
-        return Err("a storage is named by too short a tuple".to_owned());
-    };
-    if graph.text(*tag) != Some("storage")
-        || view.iter().any(|&v| !matches!(graph.node(v), Node::None))
-    {
-        return Err("a storage is named in a way that is not known".to_owned());
-    }
-    let key = graph
-        .text(*key)
-        .filter(|key| key.len() <= 64)
-        .ok_or("a storage's key is not a short text")?;
-    let class = graph.class_name(*class);
-    let dtype = match class
-        .strip_prefix("torch.cuda.")
-        .or(class.strip_prefix("torch."))
-    {
-        Some("HalfStorage") => DType::F16,
-        Some("BFloat16Storage") => DType::BF16,
-        Some("FloatStorage") => DType::F32,
-        Some("DoubleStorage") => DType::F64,
-        Some("LongStorage") => DType::I64,
-        Some("IntStorage") => DType::I32,
-        Some("ShortStorage") => DType::I16,
-        Some("ByteStorage" | "BoolStorage") => DType::U8,
-        _ => {
-            return Err(format!(
-                "is stored as `{}`, which is not supported",
-                shorten(&class)
-            ));
-        }
-    };
-    Ok((key, dtype, size(graph, *len)?))
-}
-
-fn size(graph: &Graph, id: NodeId) -> Result<usize, String> {
-    match graph.node(id) {
-        Node::Int(v) => usize::try_from(*v).map_err(|_| format!("{v} is not a size")),
-        _ => Err("a size is not a number".to_owned()),
-    }
-}
-
-fn sizes(graph: &Graph, id: NodeId) -> Result<Vec<usize>, String> {
-    match graph.node(id) {
-        Node::Tuple(items) | Node::List(items) if items.len() <= MAX_RANK => {
-            items.iter().map(|&i| size(graph, i)).collect()
-        }
-        _ => Err(format!(
-            "a shape is not a tuple of at most {MAX_RANK} sizes"
-        )),
-    }
 }
 
 impl Store {
@@ -550,7 +348,7 @@ fn legacy_places(
     file_len: u64,
 ) -> Result<HashMap<String, (u64, usize)>, String> {
     let mut widths = HashMap::new();
-    for node in graph.nodes() {
+    for node in &graph.nodes {
         if let Node::Persistent(id) = node {
             let (key, dtype, _) = storage_id(graph, *id)?;
             widths.insert(key, dtype.size_in_bytes());

@@ -61,7 +61,9 @@ impl Weights<f64> {
             let first = (centre - support + 0.5) as usize;
             let end = ((centre + support + 0.5) as usize).min(axis.input);
             let from = values.len();
-            values.extend((first..end).map(|x| bicubic((x as f64 - centre + 0.5) * (1.0 / widening))));
+            values.extend(
+                (first..end).map(|x| bicubic((x as f64 - centre + 0.5) * (1.0 / widening))),
+            );
             let sum: f64 = values[from..].iter().sum();
             if sum != 0.0 {
                 values[from..].iter_mut().for_each(|w| *w /= sum);
@@ -74,7 +76,10 @@ impl Weights<f64> {
     fn fixed_point(self) -> Weights<i32> {
         let one = f64::from(1 << PRECISION);
         let round = |w: f64| (w * one + if w < 0.0 { -0.5 } else { 0.5 }) as i32;
-        Weights { of_output: self.of_output, values: self.values.into_iter().map(round).collect() }
+        Weights {
+            of_output: self.of_output,
+            values: self.values.into_iter().map(round).collect(),
+        }
     }
 }
 
@@ -82,13 +87,20 @@ impl<T> Weights<T> {
     /// Input pixels that any of the outputs needs.
     fn needed(&self) -> Range<usize> {
         let first = self.of_output.first().map_or(0, |(first, _)| *first);
-        let end = self.of_output.iter().map(|(first, weights)| first + weights.len()).max().unwrap_or(0);
+        let end = self
+            .of_output
+            .iter()
+            .map(|(first, weights)| first + weights.len())
+            .max()
+            .unwrap_or(0);
         first..end
     }
 
     /// For each output its first input and its weights.
     fn iter(&self) -> impl Iterator<Item = (usize, &[T])> {
-        self.of_output.iter().map(|(first, weights)| (*first, &self.values[weights.clone()]))
+        self.of_output
+            .iter()
+            .map(|(first, weights)| (*first, &self.values[weights.clone()]))
     }
 }
 
@@ -123,7 +135,10 @@ pub(super) fn resize<const N: usize>(source: Source, columns: &Axis, rows: &Axis
     let mut sums = vec![HALF; width];
     for (first, weights) in down.iter() {
         sums.fill(HALF);
-        for (row, &weight) in narrow[(first - needed.start) * width..].chunks_exact(width).zip(weights) {
+        for (row, &weight) in narrow[(first - needed.start) * width..]
+            .chunks_exact(width)
+            .zip(weights)
+        {
             for (sum, &sample) in sums.iter_mut().zip(row) {
                 *sum += i32::from(sample) * weight;
             }
@@ -141,8 +156,15 @@ pub(super) fn resize_16(source: Source, columns: &Axis, rows: &Axis) -> Vec<u8> 
     let needed = down.needed();
     // Pillow clips the two bytes apart.
     let clip = |sum: f64| {
-        let rounded = if sum >= 0.0 { (sum + 0.5).floor() } else { -(sum.abs() + 0.5).floor() } as i32;
-        u16::from_le_bytes([(rounded % 256).clamp(0, 255) as u8, (rounded >> 8).clamp(0, 255) as u8])
+        let rounded = if sum >= 0.0 {
+            (sum + 0.5).floor()
+        } else {
+            -(sum.abs() + 0.5).floor()
+        } as i32;
+        u16::from_le_bytes([
+            (rounded % 256).clamp(0, 255) as u8,
+            (rounded >> 8).clamp(0, 255) as u8,
+        ])
     };
 
     let mut narrow = Vec::with_capacity(needed.len() * width);
@@ -150,15 +172,22 @@ pub(super) fn resize_16(source: Source, columns: &Axis, rows: &Axis) -> Vec<u8> 
         let row = &source.data[y * source.stride + source.offset..][..columns.input * 2];
         let (samples, _) = row.as_chunks::<2>();
         narrow.extend(across.iter().map(|(first, weights)| {
-            let products = samples[first..].iter().zip(weights).map(|(&s, w)| f64::from(u16::from_le_bytes(s)) * w);
+            let products = samples[first..]
+                .iter()
+                .zip(weights)
+                .map(|(&s, w)| f64::from(u16::from_le_bytes(s)) * w);
             clip(products.fold(0.0, |sum, product| sum + product))
         }));
     }
     let mut out = Vec::with_capacity(rows.kept.len() * width * 2);
     for (first, weights) in down.iter() {
         for x in 0..width {
-            let column = narrow[(first - needed.start) * width + x..].iter().step_by(width);
-            let sum = column.zip(weights).fold(0.0, |sum, (&s, w)| sum + f64::from(s) * w);
+            let column = narrow[(first - needed.start) * width + x..]
+                .iter()
+                .step_by(width);
+            let sum = column
+                .zip(weights)
+                .fold(0.0, |sum, (&s, w)| sum + f64::from(s) * w);
             out.extend(clip(sum).to_le_bytes());
         }
     }
@@ -180,5 +209,9 @@ pub(super) fn nearest(source: Source, columns: &Axis, rows: &Axis) -> Vec<u8> {
 fn nearest_inputs(axis: &Axis) -> Vec<usize> {
     let step = axis.input as f64 / axis.output as f64;
     let places = std::iter::successors(Some(step * 0.5), |at| Some(at + step));
-    places.map(|at| (at as usize).min(axis.input - 1)).take(axis.kept.end).skip(axis.kept.start).collect()
+    places
+        .map(|at| (at as usize).min(axis.input - 1))
+        .take(axis.kept.end)
+        .skip(axis.kept.start)
+        .collect()
 }

@@ -30,7 +30,12 @@ pub(super) struct Saved {
 
 impl Saved {
     /// Closes the epoch in hand.
-    pub(super) fn finish_epoch(&mut self, lr: f64, val_accuracy: Option<f64>, params: &Params) {
+    pub(super) fn finish_epoch(
+        &mut self,
+        lr: f64,
+        val_accuracy: Option<f64>,
+        params: &Params,
+    ) -> Result<()> {
         let best_before = self
             .history
             .epochs
@@ -39,7 +44,7 @@ impl Saved {
             .fold(f64::NEG_INFINITY, f64::max);
         match val_accuracy {
             Some(accuracy) if accuracy > best_before => {
-                self.best = Some(params.tensors().into_iter().collect());
+                self.best = Some(params.tensors()?.into_iter().collect());
                 self.history.kept = self.epoch + 1;
             }
             Some(_) => {}
@@ -55,6 +60,7 @@ impl Saved {
         });
         self.epoch += 1;
         self.tally = Tally::default();
+        Ok(())
     }
 }
 
@@ -115,7 +121,7 @@ pub(super) fn save<O: Objective>(
                 .map(|(name, tensor)| (format!("{group}/{name}"), tensor)),
         );
     };
-    add("param", objective.params().tensors());
+    add("param", objective.params().tensors()?);
     add("optimizer", optimizer.tensors(objective.params())?);
     add("state", objective.state());
     if let Some(best) = &saved.best {
