@@ -70,7 +70,12 @@ pub(crate) struct Fit {
     #[arg(long, value_name = "N", help_heading = "Training")]
     epochs: Option<usize>,
     /// Learning rate: train.lr [default: the method's]
-    #[arg(long, value_name = "X", help_heading = "Training")]
+    #[arg(
+        long,
+        value_name = "X",
+        help_heading = "Training",
+        allow_negative_numbers = true
+    )]
     lr: Option<f64>,
     /// Images per step: train.batch_size [default: the method's]
     #[arg(long, value_name = "N", help_heading = "Training")]

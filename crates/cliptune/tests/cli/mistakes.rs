@@ -73,7 +73,10 @@ fn fit_files() {
 fn weights() {
     let scene = Scene::with_photos(1);
     let eval = |clip: &str, parts: &[&str]| {
-        scene.refused(&["eval", "--clip", clip, "--images", "photos"], parts);
+        scene.refused(
+            &["eval", "--clip", clip, "--images", "photos", "--split", "all"],
+            parts,
+        );
         scene.refused(
             &["convert", "--clip", clip, "--to", "hf", "-o", "out"],
             parts,
