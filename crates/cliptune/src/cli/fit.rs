@@ -349,15 +349,21 @@ impl Plan {
             checkpoint: Some(self.checkpoint.clone()),
             cancel: Arc::default(),
         };
-        stop_on_interrupt(run.cancel.clone());
-        let path = self.checkpoint.path.display();
-        self.method.fit(clip, Task::Labelled(labelled), &mut run).map_err(|error| match error {
-            Error::Cancelled if self.checkpoint.path.exists() => {
-                anyhow!("stopped; the training is kept in {path}, the same command goes on from there")
-            }
-            Error::Cancelled => anyhow!("stopped before anything was worth keeping"),
-            Error::Format { path: ref named, .. } if *named == self.checkpoint.path => {
-                anyhow!(error).context(format!("{path} is in the way; --fresh throws it away"))
+        let training = Arc::new(AtomicBool::new(true));
+        stop_on_interrupt(run.cancel.clone(), training.clone());
+        let fitted = self.method.fit(clip, Task::Labelled(labelled), &mut run);
+        training.store(false, Ordering::Relaxed);
+        let path = &self.checkpoint.path;
+        fitted.map_err(|error| match error {
+            Error::Cancelled => anyhow!(
+                "stopped; the training is kept in {}, the same command goes on from there",
+                path.display()
+            ),
+            Error::Format { path: ref named, .. } if named == path => {
+                anyhow!(error).context(format!(
+                    "{} is in the way; --fresh throws it away",
+                    path.display()
+                ))
             }
             error => anyhow!(error).context("training failed"),
         })
@@ -380,10 +386,10 @@ fn accuracies(
     ))
 }
 
-/// The first interrupt ends the training after the step in hand, the second ends the program.
-fn stop_on_interrupt(cancel: Arc<AtomicBool>) {
+/// While `training`, the first interrupt ends it after the step in hand; any other interrupt ends the program.
+fn stop_on_interrupt(cancel: Arc<AtomicBool>, training: Arc<AtomicBool>) {
     let handler = move || {
-        if cancel.swap(true, Ordering::Relaxed) {
+        if !training.load(Ordering::Relaxed) || cancel.swap(true, Ordering::Relaxed) {
             exit(130);
         }
         out::say("\nstopping after this step; once more stops at once");

@@ -1,6 +1,6 @@
 //! `cliptune predict`: the most probable classes of images.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -91,6 +91,7 @@ impl Predict {
             top_k: self.top_k.min(classes.len()),
             skip_bad_images: self.skip_bad_images,
             bad: 0,
+            to_terminal: self.out.is_none() && std::io::stdout().is_terminal(),
             show: Show::new(self.model.machine.quiet),
         };
         out::stream(self.out.as_deref(), |out| match self.format {
@@ -129,14 +130,15 @@ struct Work<'a> {
     top_k: usize,
     skip_bad_images: bool,
     bad: usize,
+    to_terminal: bool,
     show: Show,
 }
 
 impl Work<'_> {
     fn run(&mut self, write: &mut dyn FnMut(&[Prediction]) -> Result<()>) -> Result<()> {
         let indices: Vec<usize> = (0..self.source.len()).collect();
-        // One batch is over before a bar could be read.
-        let show_bar = indices.len() > BATCH;
+        // One batch is over before a bar could be read; and results on a terminal are progress enough.
+        let show_bar = indices.len() > BATCH && !self.to_terminal;
         if show_bar {
             self.show
                 .start("classifying images", 0, indices.len() as u64);
