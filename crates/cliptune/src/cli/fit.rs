@@ -359,12 +359,12 @@ impl Plan {
                 "stopped; the training is kept in {}, the same command goes on from there",
                 path.display()
             ),
-            Error::Format { path: ref named, .. } if named == path => {
-                anyhow!(error).context(format!(
-                    "{} is in the way; --fresh throws it away",
-                    path.display()
-                ))
-            }
+            Error::Format {
+                path: ref named, ..
+            } if named == path => anyhow!(error).context(format!(
+                "{} is in the way; --fresh throws it away",
+                path.display()
+            )),
             error => anyhow!(error).context("training failed"),
         })
     }

@@ -74,7 +74,9 @@ fn weights() {
     let scene = Scene::with_photos(1);
     let eval = |clip: &str, parts: &[&str]| {
         scene.refused(
-            &["eval", "--clip", clip, "--images", "photos", "--split", "all"],
+            &[
+                "eval", "--clip", clip, "--images", "photos", "--split", "all",
+            ],
             parts,
         );
         scene.refused(
