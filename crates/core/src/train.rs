@@ -390,15 +390,15 @@ pub fn train<O: Objective>(
         None => String::new(),
     };
     let mut saved = Saved::default();
-    if let Some(plan) = &run.checkpoint {
-        if let Some(found) = state::load(&plan.path, &identity, objective, &mut optimizer)? {
-            saved = found;
-            run.progress.note(&format!(
-                "going on from epoch {}, step {}",
-                saved.epoch + 1,
-                saved.tally.steps + 1
-            ));
-        }
+    if let Some(plan) = &run.checkpoint
+        && let Some(found) = state::load(&plan.path, &identity, objective, &mut optimizer)?
+    {
+        saved = found;
+        run.progress.note(&format!(
+            "going on from epoch {}, step {}",
+            saved.epoch + 1,
+            saved.tally.steps + 1
+        ));
     }
 
     let done = (saved.epoch * steps + saved.tally.steps) as u64;

@@ -88,7 +88,11 @@ impl Dataset {
                 has: counts.train,
             })
         };
-        let val = if val.is_empty() { None } else { Some(self.split(val)?) };
+        let val = if val.is_empty() {
+            None
+        } else {
+            Some(self.split(val)?)
+        };
         Ok(FewShot {
             labelled: Labelled {
                 train: self.split(train)?,
@@ -96,7 +100,12 @@ impl Dataset {
                 classes: self.classes().clone(),
             },
             test: self.test()?,
-            shortages: self.counts().into_iter().enumerate().filter_map(shortage).collect(),
+            shortages: self
+                .counts()
+                .into_iter()
+                .enumerate()
+                .filter_map(shortage)
+                .collect(),
         })
     }
 
@@ -143,7 +152,9 @@ impl Dataset {
                 Some(&item) if item.1 == *label => Ok(item),
                 _ => Err(Error::dataset(
                     self.path(),
-                    format!("the draw names `{name}` with label {label}, which is not in the list it was drawn from"),
+                    format!(
+                        "the draw names `{name}` with label {label}, which is not in the list it was drawn from"
+                    ),
                 )),
             };
             entries.iter().map(find).collect()
@@ -185,7 +196,11 @@ impl FewShot {
     /// # Errors
     /// [`Error::Core`] if a class has no training image (its place among the labels would be lost) or the subset has no class.
     pub fn subset(&self, subset: ClassSubset) -> Result<Self> {
-        let Labelled { train, val, classes } = &self.labelled;
+        let Labelled {
+            train,
+            val,
+            classes,
+        } = &self.labelled;
         if subset == ClassSubset::All {
             return Ok(self.clone());
         }
@@ -197,7 +212,10 @@ impl FewShot {
             }
         }
         // Sets that are only measured on have no training image at all.
-        let empty = counts.iter().zip(classes.names()).find(|(count, _)| **count == 0);
+        let empty = counts
+            .iter()
+            .zip(classes.names())
+            .find(|(count, _)| **count == 0);
         if let (false, Some((_, name))) = (train.is_empty(), empty) {
             return Err(refuse(format!(
                 "class `{name}` has no training image, so base and new classes cannot be told apart; add images or remove the class"
@@ -206,7 +224,10 @@ impl FewShot {
         let labels = subset.labels(classes.len());
         let names: Vec<String> = classes.names().get(labels.clone()).unwrap_or(&[]).to_vec();
         if names.is_empty() {
-            return Err(refuse(format!("{} class gives no new classes", classes.len())));
+            return Err(refuse(format!(
+                "{} class gives no new classes",
+                classes.len()
+            )));
         }
         let kept = |items: &[Item]| -> Vec<Item> {
             let inside = |&(item, label): &Item| {
@@ -216,7 +237,9 @@ impl FewShot {
             };
             items.iter().filter_map(inside).collect()
         };
-        let val = val.as_ref().map(|val| Split::new(val.source().clone(), kept(val.items())));
+        let val = val
+            .as_ref()
+            .map(|val| Split::new(val.source().clone(), kept(val.items())));
         let has = |shortage: &&Shortage| names.contains(&shortage.class);
         Ok(Self {
             labelled: Labelled {
@@ -231,7 +254,11 @@ impl FewShot {
 
     /// The same images from another source of them, such as a cache.
     pub fn with_source(&self, source: &Arc<dyn ImageSource>) -> Self {
-        let Labelled { train, val, classes } = &self.labelled;
+        let Labelled {
+            train,
+            val,
+            classes,
+        } = &self.labelled;
         Self {
             labelled: Labelled {
                 train: train.with_source(source.clone()),
@@ -275,7 +302,9 @@ struct DrawFile {
 
 impl Draw {
     fn checksum(&self) -> serde_json::Result<String> {
-        Ok(blake3::hash(&serde_json::to_vec(self)?).to_hex().to_string())
+        Ok(blake3::hash(&serde_json::to_vec(self)?)
+            .to_hex()
+            .to_string())
     }
 
     /// Writes the draw; an existing file is replaced.

@@ -83,7 +83,7 @@ impl Clip {
                 patch_size,
             } => Tower::Vit(Vit::load(&mut w, &arch, layers, width, patch_size)?),
             VisionArch::ResNet { layers, width } => {
-                Tower::ResNet(ResNet::load(&mut w, &arch, layers, width)?)
+                Tower::ResNet(Box::new(ResNet::load(&mut w, &arch, layers, width)?))
             }
         };
         let image = ImageTower {
@@ -174,7 +174,7 @@ impl Clip {
 #[derive(Debug)]
 enum Tower {
     Vit(Vit),
-    ResNet(ResNet),
+    ResNet(Box<ResNet>),
 }
 
 /// CLIP's image tower, a vision transformer or a modified ResNet.

@@ -48,7 +48,12 @@ impl ImageSource for Counting {
         self.inner.fingerprint(indices)
     }
 
-    fn pixels(&self, indices: &[usize], p: &Preprocess, view: View) -> cliptune_core::Result<Tensor> {
+    fn pixels(
+        &self,
+        indices: &[usize],
+        p: &Preprocess,
+        view: View,
+    ) -> cliptune_core::Result<Tensor> {
         self.encoded.fetch_add(indices.len(), Ordering::Relaxed);
         self.inner.pixels(indices, p, view)
     }
@@ -154,9 +159,18 @@ fn another_run_encodes_only_what_is_new() -> TestResult {
     assert_eq!(source.encoded(), 2);
     for kind in [
         (ImageNeeds::LocalFeatures, View::Fixed),
-        (ImageNeeds::GlobalFeatures, View::Random { seed: 1, draw: 0 }),
-        (ImageNeeds::GlobalFeatures, View::Random { seed: 1, draw: 1 }),
-        (ImageNeeds::GlobalFeatures, View::Random { seed: 2, draw: 0 }),
+        (
+            ImageNeeds::GlobalFeatures,
+            View::Random { seed: 1, draw: 0 },
+        ),
+        (
+            ImageNeeds::GlobalFeatures,
+            View::Random { seed: 1, draw: 1 },
+        ),
+        (
+            ImageNeeds::GlobalFeatures,
+            View::Random { seed: 2, draw: 0 },
+        ),
     ] {
         prepare(&again, &clip, &[2, 3], kind)?;
         assert_eq!(source.encoded(), 2);
@@ -210,7 +224,10 @@ fn damaged_files_are_noticed_and_replaced() -> TestResult {
         let cache = cache();
         let warnings = prepare(&cache, &clip, &[0, 1, 2], GLOBAL)?;
         assert_eq!(warnings.len(), 1);
-        assert!(warnings[0].contains(&path.display().to_string()), "{warnings:?}");
+        assert!(
+            warnings[0].contains(&path.display().to_string()),
+            "{warnings:?}"
+        );
         assert_eq!(source.encoded(), 3);
         let cached = cache.images(&clip, &[0, 1, 2], GLOBAL.0, GLOBAL.1)?;
         assert_eq!(values(&cached, GLOBAL.0), values(&fresh, GLOBAL.0));
@@ -226,7 +243,12 @@ fn the_file_is_safetensors() -> TestResult {
     let clip = tiny_clip(1);
     let source = Counting::new(&dir.path().join("p"), 3);
     let cache = CachedFeatures::new(source.clone(), &clip, Some(folder.clone()));
-    prepare(&cache, &clip, &[0, 1, 2], (ImageNeeds::LocalFeatures, View::Fixed))?;
+    prepare(
+        &cache,
+        &clip,
+        &[0, 1, 2],
+        (ImageNeeds::LocalFeatures, View::Fixed),
+    )?;
     let bytes = fs::read(&files(&folder)[0])?;
     let file = safetensors::SafeTensors::deserialize(&bytes)?;
     assert_eq!(file.tensor("features")?.shape(), [3, 5, 8]);
@@ -282,7 +304,10 @@ fn several_may_fill_one_folder_at_once() -> TestResult {
     let (pictures, folder) = (dir.path().join("p"), dir.path().join("cache"));
     let clip = tiny_clip(1);
     let source = Counting::new(&pictures, 6);
-    let expected = values(&source.images(&clip, &[0, 5], GLOBAL.0, GLOBAL.1)?, GLOBAL.0);
+    let expected = values(
+        &source.images(&clip, &[0, 5], GLOBAL.0, GLOBAL.1)?,
+        GLOBAL.0,
+    );
     std::thread::scope(|scope| {
         let fill = || {
             let cache = CachedFeatures::new(source.clone(), &clip, Some(folder.clone()));
