@@ -180,9 +180,12 @@ pub struct Entry {
     pub configure: fn(&Value) -> Result<Box<dyn AnyMethod>>,
     /// A predictor from a prompt file.
     pub load: fn(&PromptFile, &Clip) -> Result<Box<dyn Predictor>>,
-    /// A prompt file's content from a checkpoint of the authors' code, by settings that say what the checkpoint does not.
-    pub import: Option<fn(&TorchState, &Value, &Clip, &Classes) -> Result<Imported>>,
+    /// A prompt file's content from a checkpoint of the authors' code, where that is possible.
+    pub import: Option<Import>,
 }
+
+/// Reads a checkpoint of the authors' code by settings that say what it does not.
+pub type Import = fn(&TorchState, &Value, &Clip, &Classes) -> Result<Imported>;
 
 /// A predictor from a checkpoint of the authors' code.
 #[derive(Debug)]
