@@ -164,7 +164,12 @@ impl ImageSource for DiskImages {
     ) -> cliptune_core::Result<Tensor> {
         let one = |&index: &usize| self.transformed(index, preprocess, view);
         let images: Vec<Vec<f32>> = indices.par_iter().map(one).collect::<Result<_>>()?;
-        let shape = (images.len(), 3, preprocess.resolution, preprocess.resolution);
+        let shape = (
+            images.len(),
+            3,
+            preprocess.resolution,
+            preprocess.resolution,
+        );
         Ok(Tensor::from_vec(images.concat(), shape, &Device::Cpu)?)
     }
 }

@@ -47,7 +47,10 @@ impl Confusion {
             }));
         }
         if let Some(label) = labels.iter().find(|label| **label as usize >= self.n_cls) {
-            let message = format!("label {label} has no logit, there are {} classes", self.n_cls);
+            let message = format!(
+                "label {label} has no logit, there are {} classes",
+                self.n_cls
+            );
             return Err(Error::Core(CoreError::Data(message)));
         }
         for (row, &label) in rows.iter().zip(labels) {
@@ -57,7 +60,10 @@ impl Confusion {
                     best = class;
                 }
             }
-            let own = row.get(label as usize).copied().unwrap_or(f32::NEG_INFINITY);
+            let own = row
+                .get(label as usize)
+                .copied()
+                .unwrap_or(f32::NEG_INFINITY);
             let before = |&(class, value): &(usize, &f32)| {
                 *value > own || (*value == own && class < label as usize)
             };
@@ -149,7 +155,9 @@ impl Confusion {
 
     fn some(&self) -> Result<()> {
         if self.total == 0 {
-            return Err(Error::Core(CoreError::Data("there is no image to measure on".into())));
+            return Err(Error::Core(CoreError::Data(
+                "there is no image to measure on".into(),
+            )));
         }
         Ok(())
     }

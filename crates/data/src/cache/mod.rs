@@ -14,8 +14,8 @@ use rayon::prelude::*;
 use self::shard::{Context, Fill, ItemKey, Shard};
 use crate::{Error, Result};
 
-/// Images that go through the tower together while a cache is filled. The tower gives an image the same bits in any batch, so
-/// this is a matter of speed alone.
+/// Images that go through the tower together. Every batch has exactly as many, the last one filled up with copies: matrix
+/// products may take another way, and round otherwise, for few rows than for many.
 const BATCH: usize = 32;
 
 /// Images in one cache file: what a killed run can lose.
@@ -127,7 +127,12 @@ impl CachedFeatures {
                     context: &context,
                 };
                 let mut warnings = Vec::new();
-                let mut on_encoded = |count| on_event(Event::Progress { done: done + count, total });
+                let mut on_encoded = |count| {
+                    on_event(Event::Progress {
+                        done: done + count,
+                        total,
+                    })
+                };
                 let shard = job.run(&mut folder, &mut on_encoded, &mut |w| warnings.push(w))?;
                 for warning in warnings {
                     on_event(Event::Warning(&warning));
@@ -169,7 +174,11 @@ impl CachedFeatures {
 
 fn model_of(clip: &Clip) -> Model {
     // The bytes tell weights kept in half precision from those that are not.
-    (clip.weights_hash().to_owned(), clip.preprocess().clone(), clip.bytes())
+    (
+        clip.weights_hash().to_owned(),
+        clip.preprocess().clone(),
+        clip.bytes(),
+    )
 }
 
 impl Rows {
@@ -181,7 +190,8 @@ impl Rows {
     fn add(&mut self, shard: Shard, items: impl Iterator<Item = (usize, usize)>) {
         let number = self.shards.len();
         self.shards.push(Arc::new(shard));
-        self.places.extend(items.map(|(item, row)| (item, (number, row))));
+        self.places
+            .extend(items.map(|(item, row)| (item, (number, row))));
     }
 
     /// Takes what the files of earlier runs hold. Damaged ones are removed.
@@ -218,7 +228,8 @@ impl Rows {
                 Ok((shard, found)) => self.add(shard, found.into_iter()),
                 Err(reason) => {
                     let reason: String = reason;
-                    let message = format!("{}: {reason}; computing its features anew", path.display());
+                    let message =
+                        format!("{}: {reason}; computing its features anew", path.display());
                     on_event(Event::Warning(&message));
                     let _ = std::fs::remove_file(&path);
                 }
@@ -231,7 +242,10 @@ impl Context {
     fn of(clip: &Clip, needs: ImageNeeds, view: View) -> cliptune_core::Result<Self> {
         let preprocess = clip.preprocess();
         // A picture with slopes, edges and noise, larger than its view in one direction and smaller in the other.
-        let (width, height) = (preprocess.resolution + 61, preprocess.resolution.div_ceil(2) + 1);
+        let (width, height) = (
+            preprocess.resolution + 61,
+            preprocess.resolution.div_ceil(2) + 1,
+        );
         let byte = |i: usize| (i.wrapping_mul(i / 7 + 3) ^ (i / 96)) as u8;
         let picture: Vec<u8> = (0..3 * width * height).map(byte).collect();
         let picture = Pixels::new(width, height, Mode::Rgb, picture)?;
@@ -282,7 +296,10 @@ fn features_of(batch: &ImageBatch, needs: ImageNeeds) -> cliptune_core::Result<T
 }
 
 fn bytes_of(tensor: &Tensor) -> cliptune_core::Result<Vec<u8>> {
-    let values = tensor.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+    let values = tensor
+        .to_device(&Device::Cpu)?
+        .flatten_all()?
+        .to_vec1::<f32>()?;
     Ok(values.into_iter().flat_map(f32::to_le_bytes).collect())
 }
 
@@ -306,7 +323,11 @@ impl Job<'_> {
         on_warning: &mut dyn FnMut(String),
     ) -> Result<Option<Shard>> {
         if let Some(path) = *folder {
-            let name = format!("{}-{}{EXTENSION}", self.context.key, shard::name(self.items));
+            let name = format!(
+                "{}-{}{EXTENSION}",
+                self.context.key,
+                shard::name(self.items)
+            );
             let path = path.join(name);
             let place = |fill: Fill<'_>| Shard::create(&path, self.context, fill);
             match self.write(on_encoded, place)? {
@@ -318,7 +339,9 @@ impl Job<'_> {
         match self.write(on_encoded, |fill| Shard::temporary(self.context, fill))? {
             Ok(shard) => Ok(Some(shard)),
             Err(reason) => {
-                on_warning(format!("{reason}; features are computed whenever they are needed"));
+                on_warning(format!(
+                    "{reason}; features are computed whenever they are needed"
+                ));
                 Ok(None)
             }
         }
@@ -352,9 +375,30 @@ impl Job<'_> {
 
     fn encode(&self, batch: &[(usize, ItemKey)]) -> cliptune_core::Result<Vec<u8>> {
         let items: Vec<usize> = batch.iter().map(|(item, _)| *item).collect();
-        let images = self.source.images(self.clip, &items, self.needs, self.view)?;
-        let features = features_of(&images, self.needs)?;
-        let expected: Vec<usize> = [&[items.len()], &self.context.row_shape[..]].concat();
+        encode(
+            self.source,
+            self.clip,
+            &items,
+            (self.needs, self.view),
+            &self.context.row_shape,
+        )
+    }
+}
+
+/// Features of `items`, little-endian f32, the same bits whatever else is encoded.
+fn encode(
+    source: &dyn ImageSource,
+    clip: &Clip,
+    items: &[usize],
+    (needs, view): (ImageNeeds, View),
+    row_shape: &[usize],
+) -> cliptune_core::Result<Vec<u8>> {
+    let mut out = Vec::new();
+    for batch in items.chunks(BATCH) {
+        let mut padded = batch.to_vec();
+        padded.resize(BATCH, batch.first().copied().unwrap_or(0));
+        let features = features_of(&source.images(clip, &padded, needs, view)?, needs)?;
+        let expected = [&[BATCH], row_shape].concat();
         if features.dims() != expected {
             return Err(cliptune_core::Error::Shape {
                 what: "batch of image features".into(),
@@ -362,8 +406,9 @@ impl Job<'_> {
                 expected,
             });
         }
-        bytes_of(&features)
+        out.extend(bytes_of(&features.narrow(0, 0, batch.len())?)?);
     }
+    Ok(out)
 }
 
 impl ImageSource for CachedFeatures {
@@ -388,7 +433,7 @@ impl ImageSource for CachedFeatures {
         self.inner.pixels(indices, preprocess, view)
     }
 
-    /// Rows that were prepared come from the files, others from the tower: the same bits either way.
+    /// Rows that were prepared come from the files, others from the tower, with the bits that they would have there.
     fn images(
         &self,
         clip: &Clip,
@@ -397,16 +442,13 @@ impl ImageSource for CachedFeatures {
         view: View,
     ) -> cliptune_core::Result<ImageBatch> {
         let rows = self.rows(needs, view);
-        let prepared = |index: &&usize| rows.row(**index).is_some();
-        if indices.is_empty() || indices.iter().all(|i| !prepared(&i)) || model_of(clip) != self.model {
+        let prepared = indices.iter().filter(|&&index| rows.row(index).is_some());
+        if prepared.count() == 0 || model_of(clip) != self.model {
             return self.inner.images(clip, indices, needs, view);
         }
-        let missing: Vec<usize> = indices.iter().filter(|i| !prepared(i)).copied().collect();
-        let computed = if missing.is_empty() {
-            Vec::new()
-        } else {
-            bytes_of(&features_of(&self.inner.images(clip, &missing, needs, view)?, needs)?)?
-        };
+        let mut missing = indices.to_vec();
+        missing.retain(|&index| rows.row(index).is_none());
+        let computed = encode(&*self.inner, clip, &missing, (needs, view), &rows.row_shape)?;
         let row_bytes = computed.len() / missing.len().max(1);
         let mut computed = computed.chunks_exact(row_bytes.max(1));
         let mut values: Vec<f32> = Vec::new();

@@ -123,9 +123,8 @@ impl Shard {
             drop(buffered);
             Ok(file)
         };
-        let file = write().map_err(|e: std::io::Error| {
-            format!("{}: {e}", std::env::temp_dir().display())
-        })?;
+        let file = write()
+            .map_err(|e: std::io::Error| format!("{}: {e}", std::env::temp_dir().display()))?;
         Self::map(&file, context)
     }
 
@@ -133,7 +132,9 @@ impl Shard {
         // SAFETY: the file is written once and then renamed into place, and only ever replaced or removed by name, which
         // leaves the mapped bytes as they are. A stranger who overwrites it in place breaks this, as with any mapped file.
         let map = unsafe { Mmap::map(file) }.map_err(|e| e.to_string())?;
-        let length = map.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes));
+        let length = map
+            .first_chunk::<8>()
+            .map(|bytes| u64::from_le_bytes(*bytes));
         let start = length.and_then(|n| usize::try_from(n).ok()?.checked_add(8));
         let row_bytes = context.row_bytes();
         let content = start
@@ -167,7 +168,10 @@ impl Shard {
 
     /// Keys of the images, in the order of the rows.
     pub(super) fn keys(&self) -> impl Iterator<Item = ItemKey> + '_ {
-        let keys = self.map.get(self.start + self.n * self.row_bytes..).unwrap_or(&[]);
+        let keys = self
+            .map
+            .get(self.start + self.n * self.row_bytes..)
+            .unwrap_or(&[]);
         keys.as_chunks().0.iter().take(self.n).copied()
     }
 

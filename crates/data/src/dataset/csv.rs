@@ -16,7 +16,10 @@ struct Columns {
 
 impl Columns {
     fn of(header: &csv::StringRecord, path: &Path) -> Result<Self> {
-        let names: Vec<String> = header.iter().map(|name| name.trim().to_ascii_lowercase()).collect();
+        let names: Vec<String> = header
+            .iter()
+            .map(|name| name.trim().to_ascii_lowercase())
+            .collect();
         let wrong = |found: String| Error::line(path, 1, format!("{found}; {EXPECTED}"));
         for (i, name) in names.iter().enumerate() {
             if !["path", "label", "split"].contains(&name.as_str()) {
@@ -27,7 +30,8 @@ impl Columns {
             }
         }
         let find = |wanted: &str| names.iter().position(|name| name == wanted);
-        let need = |wanted: &str| find(wanted).ok_or_else(|| wrong(format!("no column `{wanted}`")));
+        let need =
+            |wanted: &str| find(wanted).ok_or_else(|| wrong(format!("no column `{wanted}`")));
         Ok(Self {
             path: need("path")?,
             label: need("label")?,
@@ -96,7 +100,9 @@ pub(super) fn parse(bytes: &[u8], path: &Path) -> Result<Listing> {
 fn csv_error(error: &csv::Error, path: &Path) -> Error {
     let line = error.position().map_or(1, csv::Position::line);
     let message = match error.kind() {
-        csv::ErrorKind::UnequalLengths { expected_len, len, .. } => {
+        csv::ErrorKind::UnequalLengths {
+            expected_len, len, ..
+        } => {
             format!("{len} fields where the header has {expected_len}")
         }
         csv::ErrorKind::Utf8 { .. } => "the text is not valid UTF-8".to_owned(),

@@ -34,7 +34,10 @@ fn entries(folder: &Path) -> Result<Entries> {
             continue;
         }
         let Some(name) = name.to_str() else {
-            return Err(Error::dataset(entry.path(), "the name is not valid UTF-8; rename it"));
+            return Err(Error::dataset(
+                entry.path(),
+                "the name is not valid UTF-8; rename it",
+            ));
         };
         // Follows links. A dangling one counts as a file and is found missing later.
         match std::fs::metadata(entry.path()) {
@@ -57,7 +60,10 @@ fn images_below(
 ) -> Result<()> {
     let real = std::fs::canonicalize(folder).map_err(|e| Error::io(folder, e))?;
     if above.contains(&real) {
-        return Err(Error::dataset(folder, "the folder is a link to one that it lies in"));
+        return Err(Error::dataset(
+            folder,
+            "the folder is a link to one that it lies in",
+        ));
     }
     above.push(real);
     let Entries { folders, files } = entries(folder)?;
@@ -153,9 +159,15 @@ fn read_classes(path: &Path, top: &Entries) -> Result<Listing> {
     }
     for (label, class) in top.folders.iter().enumerate() {
         let before = listing.files.len();
-        add_class(&path.join(class), class, label as u32, &mut listing, |listing, item| {
-            listing.all.push(item);
-        })?;
+        add_class(
+            &path.join(class),
+            class,
+            label as u32,
+            &mut listing,
+            |listing, item| {
+                listing.all.push(item);
+            },
+        )?;
         if listing.files.len() == before {
             let message = "the class folder holds no JPEG or PNG image; remove it or add images";
             return Err(Error::dataset(path.join(class), message));
@@ -172,7 +184,13 @@ fn add_class(
     mut add: impl FnMut(&mut Listing, Item),
 ) -> Result<()> {
     let mut images = Vec::new();
-    images_below(folder, prefix, &mut Vec::new(), &mut images, &mut listing.ignored)?;
+    images_below(
+        folder,
+        prefix,
+        &mut Vec::new(),
+        &mut images,
+        &mut listing.ignored,
+    )?;
     images.sort_unstable();
     for image in images {
         let item = (listing.files.len(), label);
@@ -216,7 +234,9 @@ fn read_splits(path: &Path, top: &Entries) -> Result<Listing> {
             let below = path.join(&folder).join(class);
             if below.is_dir() {
                 let prefix = format!("{folder}/{class}");
-                add_class(&below, &prefix, label as u32, &mut listing, |_, item| items.push(item))?;
+                add_class(&below, &prefix, label as u32, &mut listing, |_, item| {
+                    items.push(item)
+                })?;
             }
         }
     }
@@ -227,7 +247,8 @@ fn read_splits(path: &Path, top: &Entries) -> Result<Listing> {
         .collect();
     let empty = (0..listing.classes.len()).find(|&label| !labels.contains(&(label as u32)));
     if let Some(class) = empty.and_then(|label| listing.classes.get(label)) {
-        let message = format!("class `{class}` has no JPEG or PNG image in any of the split folders");
+        let message =
+            format!("class `{class}` has no JPEG or PNG image in any of the split folders");
         return Err(Error::dataset(path, message));
     }
     listing.given = Some(lists);

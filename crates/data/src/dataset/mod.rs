@@ -159,7 +159,11 @@ impl Dataset {
     /// [`Error::Json`] for malformed files; [`Error::Dataset`] for contradictions and for paths that leave the folder.
     pub fn from_split_json(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-        Self::build(path, split_json::read(&bytes, path)?, SplitOrigin::SplitFile)
+        Self::build(
+            path,
+            split_json::read(&bytes, path)?,
+            SplitOrigin::SplitFile,
+        )
     }
 
     fn build(path: &Path, listing: Listing, origin: SplitOrigin) -> Result<Self> {
@@ -177,7 +181,11 @@ impl Dataset {
         let missing = |&(i, file): &(usize, &(String, PathBuf))| (!file.1.is_file()).then_some(i);
         Ok(Self {
             path: path.to_path_buf(),
-            missing: files.iter().enumerate().filter_map(|f| missing(&f)).collect(),
+            missing: files
+                .iter()
+                .enumerate()
+                .filter_map(|f| missing(&f))
+                .collect(),
             images: Arc::new(DiskImages::new(files)),
             classes: Classes::new(classes).map_err(|e| Error::dataset(path, e.to_string()))?,
             train: lists.train,
@@ -278,7 +286,8 @@ impl Dataset {
     /// `progress` is told `(done, total)`, from several threads.
     pub fn check_images(&self, progress: &(dyn Fn(usize, usize) + Sync)) -> Vec<BadImage> {
         let items: Vec<usize> = self.items().map(|(item, _)| item).collect();
-        self.images.check(&items, &|done| progress(done, items.len()))
+        self.images
+            .check(&items, &|done| progress(done, items.len()))
     }
 
     /// The data set without `bad`; other images keep their numbers and stay in their lists.
@@ -352,7 +361,10 @@ impl Dataset {
                 let path = self.images.path(item).unwrap_or(&self.path);
                 let reason = match gone.count() {
                     0 => "the file is missing".to_owned(),
-                    more => format!("the file is missing, and so are {more} more of the {} split", R::NAME),
+                    more => format!(
+                        "the file is missing, and so are {more} more of the {} split",
+                        R::NAME
+                    ),
                 };
                 return Err(Error::image(path, reason));
             }
@@ -361,7 +373,9 @@ impl Dataset {
     }
 
     fn items(&self) -> impl Iterator<Item = Item> + '_ {
-        self.lists().into_iter().flat_map(|(_, items)| items.iter().copied())
+        self.lists()
+            .into_iter()
+            .flat_map(|(_, items)| items.iter().copied())
     }
 }
 
@@ -396,3 +410,6 @@ fn split_by_rule(files: &[(String, PathBuf)], all: &[Item]) -> Lists {
     }
     lists
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -34,7 +34,10 @@ pub(super) fn find(folder: &Path) -> Result<Option<PathBuf>> {
         [] => Ok(None),
         [name] => Ok(Some(folder.join(name))),
         several => {
-            let message = format!("holds several split files: {}; open one of them", several.join(", "));
+            let message = format!(
+                "holds several split files: {}; open one of them",
+                several.join(", ")
+            );
             Err(Error::dataset(folder, message))
         }
     }
@@ -51,7 +54,7 @@ pub(super) fn read(bytes: &[u8], path: &Path) -> Result<Listing> {
 }
 
 /// The text of a split file; files are named, not yet placed.
-fn parse(bytes: &[u8], path: &Path) -> Result<Listing> {
+pub(super) fn parse(bytes: &[u8], path: &Path) -> Result<Listing> {
     let file: SplitFile = serde_json::from_slice(bytes).map_err(|e| Error::json(path, &e))?;
     let mut lists = Lists::default();
     let mut listing = Listing::default();
@@ -69,15 +72,20 @@ fn parse(bytes: &[u8], path: &Path) -> Result<Listing> {
                 .entry(label)
                 .or_insert_with(|| (class.clone(), file.clone()));
             if *known != class {
-                let message = format!("label {label} is called `{class}` here and `{known}` at `{first}`");
+                let message =
+                    format!("label {label} is called `{class}` here and `{known}` at `{first}`");
                 return Err(wrong(message));
             }
             let item = match seen.get(&name) {
                 Some(&(_, _, other)) if other != role => {
-                    return Err(wrong(format!("is in {other} too; remove it from one of the lists")));
+                    return Err(wrong(format!(
+                        "is in {other} too; remove it from one of the lists"
+                    )));
                 }
                 Some(&(_, other, _)) if other != label => {
-                    return Err(wrong(format!("has label {label} here and {other} elsewhere")));
+                    return Err(wrong(format!(
+                        "has label {label} here and {other} elsewhere"
+                    )));
                 }
                 Some(&(item, _, _)) => item,
                 None => {
@@ -109,7 +117,7 @@ fn parse(bytes: &[u8], path: &Path) -> Result<Listing> {
 }
 
 /// The path with plain components only, joined by `/`; none if it leaves its folder.
-fn inside(path: &str) -> Option<String> {
+pub(super) fn inside(path: &str) -> Option<String> {
     let mut parts = Vec::new();
     for component in Path::new(path).components() {
         match component {
@@ -124,7 +132,11 @@ fn inside(path: &str) -> Option<String> {
 /// Published sets keep their images in `images`, `jpg`, `2750`, ...: the folder where most of a few dozen listed files are.
 fn images_folder(path: &Path, files: &[(String, PathBuf)]) -> Result<PathBuf> {
     let beside = path.parent().unwrap_or(Path::new(""));
-    let listed = if beside.as_os_str().is_empty() { Path::new(".") } else { beside };
+    let listed = if beside.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        beside
+    };
     let mut others: Vec<PathBuf> = std::fs::read_dir(listed)
         .map_err(|e| Error::io(listed, e))?
         .filter_map(|entry| Some(entry.ok()?.path()))
@@ -136,7 +148,9 @@ fn images_folder(path: &Path, files: &[(String, PathBuf)]) -> Result<PathBuf> {
     let step = (files.len() / 32).max(1);
     let hits = |folder: &PathBuf| {
         let sample = files.iter().step_by(step);
-        sample.filter(|(name, _)| folder.join(name).is_file()).count()
+        sample
+            .filter(|(name, _)| folder.join(name).is_file())
+            .count()
     };
     let mut best = (0, None);
     for candidate in candidates {
