@@ -350,3 +350,208 @@ impl Draw {
         Ok(file.draw)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::dataset::tests::damaged;
+    use crate::testing::{TestResult, write_picture, write_text};
+
+    /// Three classes with 40, 3 and 25 training images, listed in the order 2, 0, 1.
+    fn example(root: &Path) -> Dataset {
+        let mut rows = String::from("path,label,split\n");
+        write_picture(&root.join("x.png"), 1, (4, 4));
+        for (class, train, val, test) in [("c", 25, 6, 2), ("a", 40, 5, 2), ("b", 3, 1, 1)] {
+            for (split, n) in [("train", train), ("val", val), ("test", test)] {
+                for i in 0..n {
+                    let name = format!("{class}-{split}-{i}.png");
+                    std::fs::hard_link(root.join("x.png"), root.join(&name)).unwrap();
+                    rows.push_str(&format!("{name},{class},{split}\n"));
+                }
+            }
+        }
+        let file = root.join("list.csv");
+        write_text(&file, &rows);
+        Dataset::open(&file).unwrap()
+    }
+
+    fn numbers<R: cliptune_core::task::Role>(split: &Split<R>, class: &str) -> Vec<usize> {
+        let name = |position| split.name(position);
+        let of_class = (0..split.len())
+            .map(name)
+            .filter(|name| name.starts_with(class));
+        of_class
+            .map(|name| {
+                name.rsplit('-')
+                    .next()
+                    .unwrap()
+                    .trim_end_matches(".png")
+                    .parse()
+                    .unwrap()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn draws_are_dassls() -> TestResult {
+        let dir = tempfile::tempdir()?;
+        let set = example(dir.path());
+        let drawn = set.few_shot(16, 1)?;
+        // By the rule, with the generator alone: c (25), a (40), b (3: all), then val with 4 in the same stream.
+        let mut random = PythonRandom::new(1);
+        let train = &drawn.labelled.train;
+        assert_eq!(numbers(train, "c"), random.sample(25, 16));
+        assert_eq!(numbers(train, "a"), random.sample(40, 16));
+        assert_eq!(numbers(train, "b"), [0, 1, 2]);
+        let val = drawn.labelled.val.as_ref().unwrap();
+        assert_eq!(numbers(val, "c"), random.sample(6, 4));
+        assert_eq!(numbers(val, "a"), random.sample(5, 4));
+        assert_eq!(numbers(val, "b"), [0]);
+        assert_eq!(
+            train.labels().collect::<Vec<_>>(),
+            [vec![0; 16], vec![1; 16], vec![2; 3]].concat()
+        );
+        let short = Shortage {
+            class: "b".into(),
+            has: 3,
+        };
+        assert_eq!(drawn.shortages, [short]);
+        assert_eq!(drawn.test.len(), 5);
+        assert_eq!(drawn.labelled.shots(), 16);
+        drawn.labelled.check()?;
+
+        // Few shots lower the images to choose by.
+        assert_eq!(set.few_shot(2, 1)?.labelled.val.unwrap().len(), 2 + 2 + 1);
+        let all = set.few_shot(0, 1)?;
+        assert_eq!(all.labelled.train.len(), 68);
+        assert_eq!(all.labelled.val.unwrap().len(), 12);
+        assert!(all.shortages.is_empty());
+        Ok(())
+    }
+
+    /// What CPython draws with seed 1 from 25, 40 and (all of) 3 images.
+    #[test]
+    fn draws_are_cpythons() -> TestResult {
+        let dir = tempfile::tempdir()?;
+        let drawn = example(dir.path()).few_shot(16, 1)?;
+        assert_eq!(numbers(&drawn.labelled.train, "c"), CPYTHON_C);
+        assert_eq!(numbers(&drawn.labelled.train, "a"), CPYTHON_A);
+        assert_eq!(numbers(&drawn.labelled.val.unwrap(), "a"), CPYTHON_VAL_A);
+        Ok(())
+    }
+
+    const CPYTHON_C: [usize; 16] = [4, 18, 2, 8, 3, 15, 14, 19, 12, 6, 1, 7, 0, 17, 11, 9];
+    const CPYTHON_A: [usize; 16] = [0, 28, 17, 14, 6, 20, 1, 33, 32, 34, 37, 39, 12, 21, 35, 13];
+    const CPYTHON_VAL_A: [usize; 4] = [3, 1, 4, 0];
+
+    #[test]
+    fn base_and_new() -> TestResult {
+        let dir = tempfile::tempdir()?;
+        let drawn = example(dir.path()).few_shot(4, 2)?;
+        assert_eq!(drawn.subset(ClassSubset::All)?.test.len(), 5);
+        let base = drawn.subset(ClassSubset::Base)?;
+        assert_eq!(base.labelled.classes.names(), ["c", "a"]);
+        assert_eq!(
+            base.labelled.train.items(),
+            &drawn.labelled.train.items()[..8]
+        );
+        assert_eq!(base.test.items().len(), 4);
+        assert!(base.shortages.is_empty());
+        let new = drawn.subset(ClassSubset::New)?;
+        assert_eq!(new.labelled.classes.names(), ["b"]);
+        assert_eq!(new.labelled.train.labels().collect::<Vec<_>>(), [0, 0, 0]);
+        assert_eq!(numbers(&new.test, "b"), [0]);
+        assert_eq!(new.labelled.val.unwrap().len(), 1);
+        assert_eq!(new.shortages.len(), 1);
+        assert_eq!(ClassSubset::Base.labels(37), 0..19);
+        assert_eq!(ClassSubset::New.labels(37), 19..37);
+        Ok(())
+    }
+
+    #[test]
+    fn a_class_without_training_images_stops_the_halving() -> TestResult {
+        let dir = tempfile::tempdir()?;
+        for name in ["train/a/1.png", "test/a/2.png", "test/b/3.png"] {
+            write_picture(&dir.path().join(name), 1, (4, 4));
+        }
+        let drawn = Dataset::open(dir.path())?.few_shot(1, 1)?;
+        assert_eq!(
+            drawn.shortages,
+            [Shortage {
+                class: "b".into(),
+                has: 0
+            }]
+        );
+        let message = drawn.subset(ClassSubset::Base).unwrap_err().to_string();
+        assert!(
+            message.contains("class `b` has no training image"),
+            "{message}"
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn draws_as_files() -> TestResult {
+        let dir = tempfile::tempdir()?;
+        let set = example(dir.path());
+        let draw = set.draw(4, 3);
+        let path = dir.path().join("draw.json");
+        draw.write(&path)?;
+        let back = Draw::read(&path)?;
+        assert_eq!(back, draw);
+        let (direct, read) = (set.few_shot(4, 3)?, set.recorded(&back)?);
+        assert_eq!(direct.labelled.train.items(), read.labelled.train.items());
+        assert_eq!(
+            direct.labelled.val.unwrap().items(),
+            read.labelled.val.unwrap().items()
+        );
+        assert_eq!(direct.shortages, read.shortages);
+
+        let text = std::fs::read_to_string(&path)?;
+        write_text(&path, &text.replacen("-train-1", "-train-2", 1));
+        assert!(
+            Draw::read(&path)
+                .unwrap_err()
+                .to_string()
+                .contains("draw.json: the checksum is")
+        );
+        write_text(&path, &text.replacen("\"seed\": 3", "\"seed\": x", 1));
+        assert!(
+            Draw::read(&path)
+                .unwrap_err()
+                .to_string()
+                .contains("draw.json, line ")
+        );
+
+        // Another list is another data set.
+        let list = std::fs::read_to_string(dir.path().join("list.csv"))?;
+        let shorter = dir.path().join("shorter.csv");
+        write_text(&shorter, &list.replacen("c-test-0.png,c,test\n", "", 1));
+        let message = Dataset::open(&shorter)?
+            .recorded(&back)
+            .unwrap_err()
+            .to_string();
+        assert!(message.contains("draw anew"), "{message}");
+        Ok(())
+    }
+
+    const DRAW: &[u8] = br#"{"checksum":"","draw":{"format":"cliptune few-shot draw 1","seed":1,"shots":2,"dataset":"d","train":[["a",0,"x"]],"val":[]}}"#;
+
+    #[test]
+    fn the_example_fails_only_by_its_checksum() {
+        let path = PathBuf::from("d.json");
+        let message = Draw::parse(DRAW, &path).unwrap_err().to_string();
+        assert!(message.contains("checksum"), "{message}");
+    }
+
+    proptest! {
+        #[test]
+        fn draw_files_never_panic(bytes in prop_oneof![prop::collection::vec(any::<u8>(), 0..200), damaged(DRAW)]) {
+            prop_assert!(Draw::parse(&bytes, Path::new("d.json")).is_err());
+        }
+    }
+}

@@ -14,8 +14,8 @@ use rayon::prelude::*;
 use self::shard::{Context, Fill, ItemKey, Shard};
 use crate::{Error, Result};
 
-/// Images that go through the tower together while a cache is filled. The tower gives an image the same bits in any batch, so
-/// this is a matter of speed alone.
+/// Images that go through the tower together. Every batch has exactly as many, the last one filled up with copies: matrix
+/// products may take another way, and round otherwise, for few rows than for many.
 const BATCH: usize = 32;
 
 /// Images in one cache file: what a killed run can lose.
@@ -375,11 +375,30 @@ impl Job<'_> {
 
     fn encode(&self, batch: &[(usize, ItemKey)]) -> cliptune_core::Result<Vec<u8>> {
         let items: Vec<usize> = batch.iter().map(|(item, _)| *item).collect();
-        let images = self
-            .source
-            .images(self.clip, &items, self.needs, self.view)?;
-        let features = features_of(&images, self.needs)?;
-        let expected: Vec<usize> = [&[items.len()], &self.context.row_shape[..]].concat();
+        encode(
+            self.source,
+            self.clip,
+            &items,
+            (self.needs, self.view),
+            &self.context.row_shape,
+        )
+    }
+}
+
+/// Features of `items`, little-endian f32, the same bits whatever else is encoded.
+fn encode(
+    source: &dyn ImageSource,
+    clip: &Clip,
+    items: &[usize],
+    (needs, view): (ImageNeeds, View),
+    row_shape: &[usize],
+) -> cliptune_core::Result<Vec<u8>> {
+    let mut out = Vec::new();
+    for batch in items.chunks(BATCH) {
+        let mut padded = batch.to_vec();
+        padded.resize(BATCH, batch.first().copied().unwrap_or(0));
+        let features = features_of(&source.images(clip, &padded, needs, view)?, needs)?;
+        let expected = [&[BATCH], row_shape].concat();
         if features.dims() != expected {
             return Err(cliptune_core::Error::Shape {
                 what: "batch of image features".into(),
@@ -387,8 +406,9 @@ impl Job<'_> {
                 expected,
             });
         }
-        bytes_of(&features)
+        out.extend(bytes_of(&features.narrow(0, 0, batch.len())?)?);
     }
+    Ok(out)
 }
 
 impl ImageSource for CachedFeatures {
@@ -413,7 +433,7 @@ impl ImageSource for CachedFeatures {
         self.inner.pixels(indices, preprocess, view)
     }
 
-    /// Rows that were prepared come from the files, others from the tower: the same bits either way.
+    /// Rows that were prepared come from the files, others from the tower, with the bits that they would have there.
     fn images(
         &self,
         clip: &Clip,
@@ -422,22 +442,13 @@ impl ImageSource for CachedFeatures {
         view: View,
     ) -> cliptune_core::Result<ImageBatch> {
         let rows = self.rows(needs, view);
-        let prepared = |index: &&usize| rows.row(**index).is_some();
-        if indices.is_empty()
-            || indices.iter().all(|i| !prepared(&i))
-            || model_of(clip) != self.model
-        {
+        let prepared = indices.iter().filter(|&&index| rows.row(index).is_some());
+        if prepared.count() == 0 || model_of(clip) != self.model {
             return self.inner.images(clip, indices, needs, view);
         }
-        let missing: Vec<usize> = indices.iter().filter(|i| !prepared(i)).copied().collect();
-        let computed = if missing.is_empty() {
-            Vec::new()
-        } else {
-            bytes_of(&features_of(
-                &self.inner.images(clip, &missing, needs, view)?,
-                needs,
-            )?)?
-        };
+        let mut missing = indices.to_vec();
+        missing.retain(|&index| rows.row(index).is_none());
+        let computed = encode(&*self.inner, clip, &missing, (needs, view), &rows.row_shape)?;
         let row_bytes = computed.len() / missing.len().max(1);
         let mut computed = computed.chunks_exact(row_bytes.max(1));
         let mut values: Vec<f32> = Vec::new();

@@ -410,3 +410,6 @@ fn split_by_rule(files: &[(String, PathBuf)], all: &[Item]) -> Lists {
     }
     lists
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -54,7 +54,7 @@ pub(super) fn read(bytes: &[u8], path: &Path) -> Result<Listing> {
 }
 
 /// The text of a split file; files are named, not yet placed.
-fn parse(bytes: &[u8], path: &Path) -> Result<Listing> {
+pub(super) fn parse(bytes: &[u8], path: &Path) -> Result<Listing> {
     let file: SplitFile = serde_json::from_slice(bytes).map_err(|e| Error::json(path, &e))?;
     let mut lists = Lists::default();
     let mut listing = Listing::default();
@@ -117,7 +117,7 @@ fn parse(bytes: &[u8], path: &Path) -> Result<Listing> {
 }
 
 /// The path with plain components only, joined by `/`; none if it leaves its folder.
-fn inside(path: &str) -> Option<String> {
+pub(super) fn inside(path: &str) -> Option<String> {
     let mut parts = Vec::new();
     for component in Path::new(path).components() {
         match component {
