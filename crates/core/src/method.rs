@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::checkpoint::TorchState;
 use crate::prompt_file::PromptFile;
 use crate::task::{ImageBatch, ImageNeeds, Labelled};
+use crate::train::History;
 use crate::{Classes, Clip, Error, Result, Run};
 
 /// A transfer method: its settings, the defaults being the paper's.
@@ -44,6 +45,11 @@ pub trait Predictor: std::fmt::Debug {
     /// # Errors
     /// Whatever the tensor library refuses.
     fn tensors(&self) -> Result<Vec<(String, Tensor)>>;
+
+    /// How the training went, if there was one since the predictor was made.
+    fn training(&self) -> Option<&History> {
+        None
+    }
 }
 
 /// A predictor made ready for a list of classes.
@@ -174,8 +180,17 @@ pub struct Entry {
     pub configure: fn(&Value) -> Result<Box<dyn AnyMethod>>,
     /// A predictor from a prompt file.
     pub load: fn(&PromptFile, &Clip) -> Result<Box<dyn Predictor>>,
-    /// A prompt file's content from a checkpoint of the authors' code.
-    pub import: Option<fn(&TorchState, &Value, &Clip, &Classes) -> Result<Box<dyn Predictor>>>,
+    /// A prompt file's content from a checkpoint of the authors' code, by settings that say what the checkpoint does not.
+    pub import: Option<fn(&TorchState, &Value, &Clip, &Classes) -> Result<Imported>>,
+}
+
+/// A predictor from a checkpoint of the authors' code.
+#[derive(Debug)]
+pub struct Imported {
+    /// All settings, those included that the checkpoint's shapes decide.
+    pub config: Value,
+    /// The predictor.
+    pub predictor: Box<dyn Predictor>,
 }
 
 impl std::fmt::Debug for Entry {

@@ -105,14 +105,8 @@ impl PromptFile {
     /// # Errors
     /// [`Error::Io`], [`Error::Format`] or [`Error::NotFinite`], each naming the file.
     pub fn load(path: &Path) -> Result<Self> {
-        let (header, tensors) = read_safetensors(path, KEY)?;
-        let not_a_prompt = || {
-            Error::format(
-                path,
-                "not a prompt file: the header has no `cliptune` entry",
-            )
-        };
-        let header = header.ok_or_else(not_a_prompt)?;
+        let not_a_prompt = "not a prompt file: the header has no `cliptune` entry";
+        let (header, tensors) = read_safetensors(path, KEY, not_a_prompt)?;
         let value: Value = serde_json::from_str(&header)
             .map_err(|e| Error::format(path, format!("header: {e}")))?;
         match value.get("format").and_then(Value::as_u64) {
@@ -190,11 +184,12 @@ pub(crate) fn to_safetensors(
     )
 }
 
-/// Reads a safetensors file of f32 and i64 tensors and one metadata entry.
+/// Reads a safetensors file of f32 and i64 tensors and one metadata entry; a file without it is refused with `missing`.
 pub(crate) fn read_safetensors(
     path: &Path,
     key: &str,
-) -> Result<(Option<String>, BTreeMap<String, Tensor>)> {
+    missing: &str,
+) -> Result<(String, BTreeMap<String, Tensor>)> {
     let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
     let wrong = |e: &dyn std::fmt::Display| {
         Error::format(path, format!("not a whole safetensors file: {e}"))
@@ -203,7 +198,8 @@ pub(crate) fn read_safetensors(
     let header = metadata
         .metadata()
         .as_ref()
-        .and_then(|m| m.get(key).cloned());
+        .and_then(|m| m.get(key).cloned())
+        .ok_or_else(|| Error::format(path, missing))?;
     let file = safetensors::SafeTensors::deserialize(&bytes).map_err(|e| wrong(&e))?;
     let mut tensors = BTreeMap::new();
     for (name, view) in file.iter() {

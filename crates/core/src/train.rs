@@ -417,7 +417,12 @@ pub fn train<O: Objective>(
             .enumerate()
             .skip(saved.tally.steps)
         {
-            run.check_cancelled()?;
+            if let Err(cancelled) = run.check_cancelled() {
+                if let Some(plan) = &run.checkpoint {
+                    state::save(&plan.path, &identity, &saved, objective, &optimizer)?;
+                }
+                return Err(cancelled);
+            }
             let step = Step {
                 seed: run.seed,
                 epoch,

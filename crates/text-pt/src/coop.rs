@@ -14,7 +14,9 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use cliptune_core::checkpoint::TorchState;
-use cliptune_core::method::{self, Classifier, Entry, Method, Paper, Predictor, TextClassifier};
+use cliptune_core::method::{
+    self, AnyMethod, Classifier, Entry, Imported, Method, Paper, Predictor, TextClassifier,
+};
 use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, Prompts, placeholder};
 use cliptune_core::prompt_file::PromptFile;
 use cliptune_core::train::{self, Batch, Loss, Objective, Recipe, Step};
@@ -42,7 +44,18 @@ pub const ENTRY: Entry = Entry {
     configure: |settings| Ok(Box::new(CoOpConfig::read(settings)?)),
     load: |file, clip| Ok(Box::new(CoOp::load(file, clip)?)),
     import: Some(|state, settings, clip, classes| {
-        Ok(Box::new(CoOp::import(state, settings, clip, classes)?))
+        let config = CoOpConfig::of_checkpoint(state, settings, clip)?;
+        let predictor = Box::new(CoOp::with_tensors(
+            &config,
+            clip,
+            classes,
+            0,
+            &state.tensors,
+        )?);
+        Ok(Imported {
+            config: AnyMethod::config(&config),
+            predictor,
+        })
     }),
 };
 
@@ -85,6 +98,28 @@ impl CoOpConfig {
     pub fn read(settings: &Value) -> Result<Self> {
         let config: Self = method::read_config(ENTRY.slug, settings)?;
         config.check()?;
+        Ok(config)
+    }
+
+    /// `settings` completed by the shape of a checkpoint's context.
+    fn of_checkpoint(state: &TorchState, settings: &Value, clip: &Clip) -> Result<Self> {
+        let mut config = Self::read(settings)?;
+        let ctx = state
+            .tensors
+            .get("ctx")
+            .ok_or_else(|| Error::Prompt("the checkpoint holds no `ctx`".into()))?;
+        match *ctx.dims() {
+            [n_ctx, _] => config.n_ctx = Some(n_ctx),
+            [_, n_ctx, _] => (config.n_ctx, config.class_specific) = (Some(n_ctx), true),
+            _ => {
+                let expected = vec![Self::N_CTX, clip.text().width()];
+                return Err(Error::Shape {
+                    what: "`ctx` of the checkpoint".into(),
+                    found: ctx.dims().to_vec(),
+                    expected,
+                });
+            }
+        }
         Ok(config)
     }
 
@@ -219,23 +254,7 @@ impl CoOp {
         clip: &Clip,
         classes: &Classes,
     ) -> Result<Self> {
-        let mut config = CoOpConfig::read(settings)?;
-        let ctx = state
-            .tensors
-            .get("ctx")
-            .ok_or_else(|| Error::Prompt("the checkpoint holds no `ctx`".into()))?;
-        match *ctx.dims() {
-            [n_ctx, _] => config.n_ctx = Some(n_ctx),
-            [_, n_ctx, _] => (config.n_ctx, config.class_specific) = (Some(n_ctx), true),
-            _ => {
-                let expected = vec![CoOpConfig::N_CTX, clip.text().width()];
-                return Err(Error::Shape {
-                    what: "`ctx` of the checkpoint".into(),
-                    found: ctx.dims().to_vec(),
-                    expected,
-                });
-            }
-        }
+        let config = CoOpConfig::of_checkpoint(state, settings, clip)?;
         Self::with_tensors(&config, clip, classes, 0, &state.tensors)
     }
 
@@ -302,6 +321,10 @@ impl Predictor for CoOp {
 
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
         self.params.tensors()
+    }
+
+    fn training(&self) -> Option<&train::History> {
+        Some(&self.history).filter(|history| history.kept > 0)
     }
 }
 

@@ -75,6 +75,38 @@ impl Check {
         });
     }
 
+    /// Compares with the first rows of the case's tensor: a causal tower may stop at the end token, `rows` being what it must have.
+    pub(crate) fn leading_rows(
+        &mut self,
+        case: &Case,
+        name: &str,
+        ours: &Tensor,
+        rows: usize,
+    ) -> Result<()> {
+        let Some(expected) = case.get(name) else {
+            return Ok(());
+        };
+        let found = ours.dim(0)?;
+        if found < rows || found > expected.dim(0)? {
+            self.record(
+                name,
+                f64::INFINITY,
+                Some(format!(
+                    "{found} rows, expected {rows} to {:?}",
+                    expected.dims()
+                )),
+            );
+            return Ok(());
+        }
+        self.numbers(
+            name,
+            &values(ours)?,
+            &values(&expected.narrow(0, 0, found)?)?,
+            START,
+        );
+        Ok(())
+    }
+
     /// Compares with the case's tensor `name`, if there is one.
     pub(crate) fn tensor(
         &mut self,

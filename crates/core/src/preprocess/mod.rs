@@ -1,6 +1,7 @@
 //! Pixels to tensors as the references do it: OpenAI's fixed view and the random crops that few-shot methods train on.
 //!
-//! Both are exact: 8-bit pixels before normalisation equal Pillow's and torchvision's. Decoding of files is not part of this crate.
+//! Both are exact: 8-bit pixels before normalisation equal those of Pillow 13 and torchvision. Decoding of files is not part of this
+//! crate.
 
 mod pixels;
 mod resample;
@@ -79,7 +80,7 @@ pub fn random_view(
         output: side,
         kept: 0..side,
     };
-    let mut view = resample::resize::<3>(source, &axis(crop.width), &axis(crop.height));
+    let mut view = resample::resize::<u8, 3>(source, &axis(crop.width), &axis(crop.height));
     if uniform() < 0.5 {
         for row in view.chunks_exact_mut(side * 3) {
             row.as_chunks_mut::<3>().0.reverse();
@@ -126,26 +127,42 @@ fn checked_side(preprocess: &Preprocess) -> Result<usize> {
 /// Resizes in the mode of the file; gives the kept pixels in the same mode.
 fn resize(image: &Pixels, columns: &Axis, rows: &Axis) -> Vec<u8> {
     let data = image.data();
-    let source = |data| Source {
+    let source = |data| Source::<u8> {
         data,
         stride: image.width() * image.mode().bytes_per_pixel(),
         offset: 0,
     };
     match image.mode() {
         Mode::Bilevel | Mode::Palette(_) => resample::nearest(source(data), columns, rows),
-        Mode::I16 => resample::resize_16(source(data), columns, rows),
-        Mode::L => resample::resize::<1>(source(data), columns, rows),
-        Mode::Rgb => resample::resize::<3>(source(data), columns, rows),
-        Mode::Cmyk => resample::resize::<4>(source(data), columns, rows),
+        Mode::I16 => {
+            let samples: Vec<u16> = data
+                .as_chunks::<2>()
+                .0
+                .iter()
+                .map(|&bytes| u16::from_le_bytes(bytes))
+                .collect();
+            let source = Source {
+                data: &samples[..],
+                stride: image.width(),
+                offset: 0,
+            };
+            resample::resize::<u16, 1>(source, columns, rows)
+                .into_iter()
+                .flat_map(u16::to_le_bytes)
+                .collect()
+        }
+        Mode::L => resample::resize::<u8, 1>(source(data), columns, rows),
+        Mode::Rgb => resample::resize::<u8, 3>(source(data), columns, rows),
+        Mode::Cmyk => resample::resize::<u8, 4>(source(data), columns, rows),
         Mode::La => {
             let mut view =
-                resample::resize::<2>(source(&pixels::premultiply::<2>(data)), columns, rows);
+                resample::resize::<u8, 2>(source(&pixels::premultiply::<2>(data)), columns, rows);
             pixels::unpremultiply::<2>(&mut view);
             view
         }
         Mode::Rgba => {
             let mut view =
-                resample::resize::<4>(source(&pixels::premultiply::<4>(data)), columns, rows);
+                resample::resize::<u8, 4>(source(&pixels::premultiply::<4>(data)), columns, rows);
             pixels::unpremultiply::<4>(&mut view);
             view
         }

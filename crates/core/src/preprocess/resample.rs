@@ -1,17 +1,24 @@
-//! Bicubic resizing, bit for bit as Pillow does it: widened by the scale when shrinking, first along rows, then along columns,
-//! each pass rounded and clipped to the samples' range.
+//! Bicubic resizing, bit for bit as Pillow 13 does it: widened by the scale when shrinking, in two passes that are each rounded
+//! and clipped to the samples' range.
 
 use std::ops::Range;
 
-/// Where in the picture is read: a rectangle of rows that are `stride` bytes apart.
+/// Where in the picture is read: a rectangle of rows that are `stride` samples apart.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Source<'a> {
+pub(super) struct Source<'a, S> {
     /// Samples from the rectangle's first row on.
-    pub(super) data: &'a [u8],
-    /// Bytes from one row to the next.
+    pub(super) data: &'a [S],
+    /// Samples from one row to the next.
     pub(super) stride: usize,
-    /// Bytes of a row before the rectangle.
+    /// Samples of a row before the rectangle.
     pub(super) offset: usize,
+}
+
+impl<'a, S> Source<'a, S> {
+    /// A row of the rectangle, and what follows it.
+    fn row(&self, y: usize) -> &'a [S] {
+        &self.data[y * self.stride + self.offset..]
+    }
 }
 
 /// Along one axis: `input` pixels are resized to `output`, of which only those in `kept` are computed.
@@ -22,10 +29,66 @@ pub(super) struct Axis {
     pub(super) kept: Range<usize>,
 }
 
-/// Half the width of the bicubic kernel.
-const SUPPORT: f64 = 2.0;
+/// A sample and the arithmetic in which it is resized.
+pub(super) trait Sample: Copy {
+    /// Weights and weighted sums.
+    type Sum: Copy;
+    /// An empty sum.
+    const EMPTY: Self::Sum;
+
+    fn weight(weight: f64) -> Self::Sum;
+    fn add(self, weight: Self::Sum, sum: &mut Self::Sum);
+    fn of_sum(sum: Self::Sum) -> Self;
+}
+
 /// Bits after the point of the weights for 8-bit samples.
 const PRECISION: u32 = 22;
+
+impl Sample for u8 {
+    type Sum = i32;
+    const EMPTY: i32 = 1 << (PRECISION - 1);
+
+    fn weight(weight: f64) -> i32 {
+        (weight * f64::from(1 << PRECISION) + if weight < 0.0 { -0.5 } else { 0.5 }) as i32
+    }
+
+    fn add(self, weight: i32, sum: &mut i32) {
+        *sum += i32::from(self) * weight;
+    }
+
+    fn of_sum(sum: i32) -> Self {
+        (sum >> PRECISION).clamp(0, 255) as u8
+    }
+}
+
+impl Sample for u16 {
+    type Sum = f64;
+    const EMPTY: f64 = 0.0;
+
+    fn weight(weight: f64) -> f64 {
+        weight
+    }
+
+    fn add(self, weight: f64, sum: &mut f64) {
+        *sum += f64::from(self) * weight;
+    }
+
+    fn of_sum(sum: f64) -> Self {
+        let rounded = if sum >= 0.0 {
+            (sum + 0.5).floor()
+        } else {
+            -(sum.abs() + 0.5).floor()
+        } as i32;
+        // Pillow clips the two bytes apart.
+        Self::from_le_bytes([
+            (rounded % 256).clamp(0, 255) as u8,
+            (rounded >> 8).clamp(0, 255) as u8,
+        ])
+    }
+}
+
+/// Half the width of the bicubic kernel.
+const SUPPORT: f64 = 2.0;
 
 /// The bicubic kernel with `a = -0.5`.
 fn bicubic(x: f64) -> f64 {
@@ -42,13 +105,13 @@ fn bicubic(x: f64) -> f64 {
 
 /// What each computed pixel of an axis is made of.
 #[derive(Debug)]
-struct Weights<T> {
+struct Weights<S: Sample> {
     /// First input pixel, and where its weight is.
     of_output: Vec<(usize, Range<usize>)>,
-    values: Vec<T>,
+    values: Vec<S::Sum>,
 }
 
-impl Weights<f64> {
+impl<S: Sample> Weights<S> {
     fn new(axis: &Axis) -> Self {
         let scale = axis.input as f64 / axis.output as f64;
         let widening = scale.max(1.0);
@@ -60,30 +123,20 @@ impl Weights<f64> {
             // Conversions to integers go towards zero, and negative values become zero.
             let first = (centre - support + 0.5) as usize;
             let end = ((centre + support + 0.5) as usize).min(axis.input);
+            let raw: Vec<f64> = (first..end)
+                .map(|x| bicubic((x as f64 - centre + 0.5) * (1.0 / widening)))
+                .collect();
+            let sum: f64 = raw.iter().sum();
             let from = values.len();
             values.extend(
-                (first..end).map(|x| bicubic((x as f64 - centre + 0.5) * (1.0 / widening))),
+                raw.into_iter()
+                    .map(|w| S::weight(if sum != 0.0 { w / sum } else { w })),
             );
-            let sum: f64 = values[from..].iter().sum();
-            if sum != 0.0 {
-                values[from..].iter_mut().for_each(|w| *w /= sum);
-            }
             of_output.push((first, from..values.len()));
         }
         Self { of_output, values }
     }
 
-    fn fixed_point(self) -> Weights<i32> {
-        let one = f64::from(1 << PRECISION);
-        let round = |w: f64| (w * one + if w < 0.0 { -0.5 } else { 0.5 }) as i32;
-        Weights {
-            of_output: self.of_output,
-            values: self.values.into_iter().map(round).collect(),
-        }
-    }
-}
-
-impl<T> Weights<T> {
     /// Input pixels that any of the outputs needs.
     fn needed(&self) -> Range<usize> {
         let first = self.of_output.first().map_or(0, |(first, _)| *first);
@@ -96,110 +149,109 @@ impl<T> Weights<T> {
         first..end
     }
 
-    /// For each output its first input and its weights.
-    fn iter(&self) -> impl Iterator<Item = (usize, &[T])> {
+    /// For each output its first input, counted from `start`, and its weights.
+    fn iter(&self, start: usize) -> impl Iterator<Item = (usize, &[S::Sum])> {
         self.of_output
             .iter()
-            .map(|(first, weights)| (*first, &self.values[weights.clone()]))
+            .map(move |(first, weights)| (first - start, &self.values[weights.clone()]))
     }
 }
 
-fn clip(sum: i32) -> u8 {
-    (sum >> PRECISION).clamp(0, 255) as u8
+/// Resizes pixels of `N` samples; gives `(rows kept, columns kept, N)`.
+pub(super) fn resize<S: Sample, const N: usize>(
+    source: Source<S>,
+    columns: &Axis,
+    rows: &Axis,
+) -> Vec<S> {
+    let across = Weights::new(columns);
+    let down = Weights::new(rows);
+    // Rows come first unless the height shrinks by more than twice what the width does (Pillow 13; earlier: always).
+    let lost = |axis: &Axis| axis.input as i128 - axis.output as i128;
+    if lost(rows) > 0 && lost(rows) > 2 * lost(columns) {
+        let needed = across.needed();
+        let width = needed.len() * N;
+        let low = resize_down(
+            Source {
+                offset: source.offset + needed.start * N,
+                ..source
+            },
+            width,
+            &down,
+            0,
+        );
+        let low = Source {
+            data: &low,
+            stride: width,
+            offset: 0,
+        };
+        resize_across::<S, N>(low, 0..rows.kept.len(), &across, needed.start)
+    } else {
+        let needed = down.needed();
+        let width = columns.kept.len() * N;
+        let narrow = resize_across::<S, N>(source, needed.clone(), &across, 0);
+        resize_down(
+            Source {
+                data: &narrow,
+                stride: width,
+                offset: 0,
+            },
+            width,
+            &down,
+            needed.start,
+        )
+    }
 }
 
-/// Resizes pixels of `N` samples of 8 bits; gives `(rows kept, columns kept, N)`.
-pub(super) fn resize<const N: usize>(source: Source, columns: &Axis, rows: &Axis) -> Vec<u8> {
-    const HALF: i32 = 1 << (PRECISION - 1);
-    let across = Weights::new(columns).fixed_point();
-    let down = Weights::new(rows).fixed_point();
-    let width = columns.kept.len() * N;
-    let needed = down.needed();
-
-    let mut narrow = Vec::with_capacity(needed.len() * width);
-    for y in needed.clone() {
-        let row = &source.data[y * source.stride + source.offset..][..columns.input * N];
-        let (pixels, _) = row.as_chunks::<N>();
-        for (first, weights) in across.iter() {
-            let mut sums = [HALF; N];
+/// Resizes each of `rows`; `source` begins at the input column `start`.
+fn resize_across<S: Sample, const N: usize>(
+    source: Source<S>,
+    rows: Range<usize>,
+    weights: &Weights<S>,
+    start: usize,
+) -> Vec<S> {
+    let mut out = Vec::with_capacity(rows.len() * weights.of_output.len() * N);
+    for y in rows {
+        let (pixels, _) = source.row(y).as_chunks::<N>();
+        for (first, weights) in weights.iter(start) {
+            let mut sums = [S::EMPTY; N];
             for (pixel, &weight) in pixels[first..].iter().zip(weights) {
                 for (sum, &sample) in sums.iter_mut().zip(pixel) {
-                    *sum += i32::from(sample) * weight;
+                    sample.add(weight, sum);
                 }
             }
-            narrow.extend(sums.map(clip));
+            out.extend(sums.map(S::of_sum));
         }
-    }
-
-    let mut out = Vec::with_capacity(rows.kept.len() * width);
-    let mut sums = vec![HALF; width];
-    for (first, weights) in down.iter() {
-        sums.fill(HALF);
-        for (row, &weight) in narrow[(first - needed.start) * width..]
-            .chunks_exact(width)
-            .zip(weights)
-        {
-            for (sum, &sample) in sums.iter_mut().zip(row) {
-                *sum += i32::from(sample) * weight;
-            }
-        }
-        out.extend(sums.iter().map(|&sum| clip(sum)));
     }
     out
 }
 
-/// Resizes samples of 16 bits, lower byte first; gives `(rows kept, columns kept)` in the same form.
-pub(super) fn resize_16(source: Source, columns: &Axis, rows: &Axis) -> Vec<u8> {
-    let across = Weights::new(columns);
-    let down = Weights::new(rows);
-    let width = columns.kept.len();
-    let needed = down.needed();
-    // Pillow clips the two bytes apart.
-    let clip = |sum: f64| {
-        let rounded = if sum >= 0.0 {
-            (sum + 0.5).floor()
-        } else {
-            -(sum.abs() + 0.5).floor()
-        } as i32;
-        u16::from_le_bytes([
-            (rounded % 256).clamp(0, 255) as u8,
-            (rounded >> 8).clamp(0, 255) as u8,
-        ])
-    };
-
-    let mut narrow = Vec::with_capacity(needed.len() * width);
-    for y in needed.clone() {
-        let row = &source.data[y * source.stride + source.offset..][..columns.input * 2];
-        let (samples, _) = row.as_chunks::<2>();
-        narrow.extend(across.iter().map(|(first, weights)| {
-            let products = samples[first..]
-                .iter()
-                .zip(weights)
-                .map(|(&s, w)| f64::from(u16::from_le_bytes(s)) * w);
-            clip(products.fold(0.0, |sum, product| sum + product))
-        }));
-    }
-    let mut out = Vec::with_capacity(rows.kept.len() * width * 2);
-    for (first, weights) in down.iter() {
-        for x in 0..width {
-            let column = narrow[(first - needed.start) * width + x..]
-                .iter()
-                .step_by(width);
-            let sum = column
-                .zip(weights)
-                .fold(0.0, |sum, (&s, w)| sum + f64::from(s) * w);
-            out.extend(clip(sum).to_le_bytes());
+/// Resizes columns, rows of `width` samples at a time; `source` begins at the input row `start`.
+fn resize_down<S: Sample>(
+    source: Source<S>,
+    width: usize,
+    weights: &Weights<S>,
+    start: usize,
+) -> Vec<S> {
+    let mut out = Vec::with_capacity(weights.of_output.len() * width);
+    let mut sums = vec![S::EMPTY; width];
+    for (first, weights) in weights.iter(start) {
+        sums.fill(S::EMPTY);
+        for (y, &weight) in (first..).zip(weights) {
+            for (sum, &sample) in sums.iter_mut().zip(source.row(y)) {
+                sample.add(weight, sum);
+            }
         }
+        out.extend(sums.iter().map(|&sum| S::of_sum(sum)));
     }
     out
 }
 
 /// Takes the nearest of the pixels, which are one byte each.
-pub(super) fn nearest(source: Source, columns: &Axis, rows: &Axis) -> Vec<u8> {
+pub(super) fn nearest(source: Source<u8>, columns: &Axis, rows: &Axis) -> Vec<u8> {
     let xs = nearest_inputs(columns);
     let mut out = Vec::with_capacity(rows.kept.len() * columns.kept.len());
     for y in nearest_inputs(rows) {
-        let row = &source.data[y * source.stride + source.offset..][..columns.input];
+        let row = source.row(y);
         out.extend(xs.iter().map(|&x| row[x]));
     }
     out

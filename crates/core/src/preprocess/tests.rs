@@ -232,3 +232,17 @@ proptest! {
         prop_assert!(crop.height >= 1 && crop.top + crop.height <= height);
     }
 }
+
+/// Pillow's `_transform` of OpenAI on the files of the parity suite is checked where files are decoded, in `cliptune-data`.
+#[test]
+fn a_photo_takes_milliseconds() {
+    let image = noise("RGB", 500, 375, 2);
+    let preprocess = Preprocess::openai(224);
+    let start = std::time::Instant::now();
+    for _ in 0..20 {
+        fixed_view(&image, &preprocess).unwrap();
+    }
+    let each = start.elapsed() / 20;
+    println!("fixed view of 500 x 375 at 224: {each:?}");
+    assert!(each.as_millis() < 50, "took {each:?}");
+}

@@ -142,10 +142,9 @@ pub(super) fn load<O: Objective>(
     if !path.exists() {
         return Ok(None);
     }
-    let (header, tensors) = read_safetensors(path, "cliptune")?;
     let advice = "remove it to start over";
-    let header = header
-        .ok_or_else(|| Error::format(path, format!("not a checkpoint of a run; {advice}")))?;
+    let missing = format!("not a checkpoint of a run; {advice}");
+    let (header, tensors) = read_safetensors(path, "cliptune", &missing)?;
     let header: Header = serde_json::from_str(&header)
         .map_err(|e| Error::format(path, format!("not a checkpoint of a run: {e}; {advice}")))?;
     if header.identity != identity {
