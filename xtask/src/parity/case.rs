@@ -56,13 +56,14 @@ impl Case {
             std::fs::read_to_string(&json_path).with_context(|| json_path.display().to_string())?;
         let value: Value =
             serde_json::from_str(&text).with_context(|| json_path.display().to_string())?;
-        if let Some(method) = value.get("method").and_then(Value::as_str) {
-            if method != slug && slug != "clip-cases" {
-                bail!(
-                    "{}: method `{method}` in folder `{slug}`",
-                    json_path.display()
-                );
-            }
+        if let Some(method) = value.get("method").and_then(Value::as_str)
+            && method != slug
+            && slug != "clip-cases"
+        {
+            bail!(
+                "{}: method `{method}` in folder `{slug}`",
+                json_path.display()
+            );
         }
         let json: CaseJson =
             serde_json::from_value(value).with_context(|| json_path.display().to_string())?;
