@@ -14,8 +14,7 @@ use rayon::prelude::*;
 use self::shard::{Context, Fill, ItemKey, Shard};
 use crate::{Error, Result};
 
-/// Images that go through the tower together. Every batch has exactly as many, the last one filled up with copies: matrix
-/// products may take another way, and round otherwise, for few rows than for many.
+/// Images that are decoded and encoded together. It has no part in the result: a tower's features do not depend on the batch.
 const BATCH: usize = 32;
 
 /// Images in one cache file: what a killed run can lose.
@@ -395,10 +394,8 @@ fn encode(
 ) -> cliptune_core::Result<Vec<u8>> {
     let mut out = Vec::new();
     for batch in items.chunks(BATCH) {
-        let mut padded = batch.to_vec();
-        padded.resize(BATCH, batch.first().copied().unwrap_or(0));
-        let features = features_of(&source.images(clip, &padded, needs, view)?, needs)?;
-        let expected = [&[BATCH], row_shape].concat();
+        let features = features_of(&source.images(clip, batch, needs, view)?, needs)?;
+        let expected = [&[batch.len()], row_shape].concat();
         if features.dims() != expected {
             return Err(cliptune_core::Error::Shape {
                 what: "batch of image features".into(),
@@ -406,7 +403,7 @@ fn encode(
                 expected,
             });
         }
-        out.extend(bytes_of(&features.narrow(0, 0, batch.len())?)?);
+        out.extend(bytes_of(&features)?);
     }
     Ok(out)
 }
