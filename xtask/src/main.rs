@@ -1,1 +1,41 @@
-fn main(){}
+//! The project's own commands: `cargo xtask parity`.
+
+mod parity;
+
+use clap::Parser;
+
+/// cliptune's own commands.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+enum Command {
+    /// Runs the parity cases: our numbers against those of the authors' code.
+    Parity(parity::Args),
+}
+
+fn main() -> std::process::ExitCode {
+    let outcome = match Command::parse() {
+        Command::Parity(args) => parity::main(&args),
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            out::error(&format!("error: {error:#}"));
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+/// The one place that prints.
+mod out {
+    use std::io::Write;
+
+    /// A line for the reader or the next program; a closed pipe is not our problem.
+    pub(crate) fn line(text: &str) {
+        let _ = writeln!(std::io::stdout(), "{text}");
+    }
+
+    /// A line about the run itself.
+    pub(crate) fn error(text: &str) {
+        let _ = writeln!(std::io::stderr(), "{text}");
+    }
+}

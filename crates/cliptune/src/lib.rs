@@ -1,1 +1,9 @@
-//! x
+#![doc = include_str!("../README.md")]
+
+pub mod registry;
+
+#[doc(no_inline)]
+pub use cliptune_core::*;
+pub use cliptune_data as data;
+#[cfg(feature = "text-pt")]
+pub use cliptune_text_pt as text_pt;

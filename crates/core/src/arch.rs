@@ -71,26 +71,94 @@ impl Arch {
     /// The published model with these sizes (`ViT-B/16`, `RN50`, ...), or a description of the image tower.
     pub fn name(&self) -> String {
         let known = match (&self.vision, self.image_resolution) {
-            (VisionArch::Vit { layers: 12, width: 768, patch_size: 32 }, 224) => "ViT-B/32",
-            (VisionArch::Vit { layers: 12, width: 768, patch_size: 16 }, 224) => "ViT-B/16",
-            (VisionArch::Vit { layers: 24, width: 1024, patch_size: 14 }, 224) => "ViT-L/14",
-            (VisionArch::Vit { layers: 24, width: 1024, patch_size: 14 }, 336) => "ViT-L/14@336px",
-            (VisionArch::ResNet { layers: [3, 4, 6, 3], width: 64 }, 224) => "RN50",
-            (VisionArch::ResNet { layers: [3, 4, 23, 3], width: 64 }, 224) => "RN101",
-            (VisionArch::ResNet { layers: [4, 6, 10, 6], width: 80 }, 288) => "RN50x4",
-            (VisionArch::ResNet { layers: [6, 8, 18, 8], width: 96 }, 384) => "RN50x16",
-            (VisionArch::ResNet { layers: [3, 15, 36, 10], width: 128 }, 448) => "RN50x64",
+            (
+                VisionArch::Vit {
+                    layers: 12,
+                    width: 768,
+                    patch_size: 32,
+                },
+                224,
+            ) => "ViT-B/32",
+            (
+                VisionArch::Vit {
+                    layers: 12,
+                    width: 768,
+                    patch_size: 16,
+                },
+                224,
+            ) => "ViT-B/16",
+            (
+                VisionArch::Vit {
+                    layers: 24,
+                    width: 1024,
+                    patch_size: 14,
+                },
+                224,
+            ) => "ViT-L/14",
+            (
+                VisionArch::Vit {
+                    layers: 24,
+                    width: 1024,
+                    patch_size: 14,
+                },
+                336,
+            ) => "ViT-L/14@336px",
+            (
+                VisionArch::ResNet {
+                    layers: [3, 4, 6, 3],
+                    width: 64,
+                },
+                224,
+            ) => "RN50",
+            (
+                VisionArch::ResNet {
+                    layers: [3, 4, 23, 3],
+                    width: 64,
+                },
+                224,
+            ) => "RN101",
+            (
+                VisionArch::ResNet {
+                    layers: [4, 6, 10, 6],
+                    width: 80,
+                },
+                288,
+            ) => "RN50x4",
+            (
+                VisionArch::ResNet {
+                    layers: [6, 8, 18, 8],
+                    width: 96,
+                },
+                384,
+            ) => "RN50x16",
+            (
+                VisionArch::ResNet {
+                    layers: [3, 15, 36, 10],
+                    width: 128,
+                },
+                448,
+            ) => "RN50x64",
             _ => "",
         };
         if !known.is_empty() {
             return known.to_owned();
         }
         match &self.vision {
-            VisionArch::Vit { layers, width, patch_size } => {
-                format!("ViT, {layers} layers of width {width}, patch {patch_size}, {} px", self.image_resolution)
+            VisionArch::Vit {
+                layers,
+                width,
+                patch_size,
+            } => {
+                format!(
+                    "ViT, {layers} layers of width {width}, patch {patch_size}, {} px",
+                    self.image_resolution
+                )
             }
             VisionArch::ResNet { layers, width } => {
-                format!("ResNet, stages {layers:?} of width {width}, {} px", self.image_resolution)
+                format!(
+                    "ResNet, stages {layers:?} of width {width}, {} px",
+                    self.image_resolution
+                )
             }
         }
     }
@@ -113,7 +181,7 @@ impl Preprocess {
         Self {
             resolution,
             mean: [0.481_454_66, 0.457_827_5, 0.408_210_73],
-            std: [0.268_629_54, 0.261_302_58, 0.275_777_11],
+            std: [0.268_629_55, 0.261_302_6, 0.275_777_1],
         }
     }
 }

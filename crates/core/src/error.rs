@@ -54,7 +54,9 @@ pub enum Error {
         value: f64,
     },
     /// Training produced a loss or a gradient that is not finite; nothing was written after it.
-    #[error("{tensor} is {value} at epoch {epoch}, step {step}; lower the learning rate or look at the data")]
+    #[error(
+        "{tensor} is {value} at epoch {epoch}, step {step}; lower the learning rate or look at the data"
+    )]
     Diverged {
         /// The loss, one of its terms, or the gradient of a named parameter.
         tensor: String,
@@ -76,7 +78,9 @@ pub enum Error {
         expected: String,
     },
     /// A prompt needs more tokens than the text tower has positions.
-    #[error("`{text}` needs {tokens} tokens, the text tower takes {context_length}; shorten the name or lower n_ctx")]
+    #[error(
+        "`{text}` needs {tokens} tokens, the text tower takes {context_length}; shorten the name or lower n_ctx"
+    )]
     PromptTooLong {
         /// The sentence.
         text: String,
@@ -86,7 +90,9 @@ pub enum Error {
         context_length: usize,
     },
     /// The weights know another vocabulary than CLIP's, so text cannot be tokenised for them.
-    #[error("the text tower has a vocabulary of {found} tokens, CLIP's tokenizer needs {expected}; these weights cannot take text, only token ids")]
+    #[error(
+        "the text tower has a vocabulary of {found} tokens, CLIP's tokenizer needs {expected}; these weights cannot take text, only token ids"
+    )]
     Vocabulary {
         /// Rows of the token embedding.
         found: usize,
@@ -113,16 +119,26 @@ pub enum Error {
 impl Error {
     /// An operating-system error at `path`.
     pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
-        Self::Io { path: path.as_ref().to_path_buf(), source }
+        Self::Io {
+            path: path.as_ref().to_path_buf(),
+            source,
+        }
     }
 
     /// A malformed file.
     pub fn format(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
-        Self::Format { path: path.as_ref().to_path_buf(), message: message.into() }
+        Self::Format {
+            path: path.as_ref().to_path_buf(),
+            message: message.into(),
+        }
     }
 
     /// A setting that cannot be used.
     pub fn config(key: &str, value: impl std::fmt::Display, expected: impl Into<String>) -> Self {
-        Self::Config { key: key.to_owned(), value: value.to_string(), expected: expected.into() }
+        Self::Config {
+            key: key.to_owned(),
+            value: value.to_string(),
+            expected: expected.into(),
+        }
     }
 }

@@ -48,25 +48,37 @@ pub struct ImageBatch {
 impl ImageBatch {
     /// Images as raw global features `(batch, embed_dim)`.
     pub fn of_features(features: Tensor) -> Self {
-        Self { features: Some(features), ..Self::default() }
+        Self {
+            features: Some(features),
+            ..Self::default()
+        }
     }
 
     /// Images as raw features of every token `(batch, 1 + h·w, embed_dim)`, the global one first.
     pub fn of_local_features(local: Tensor) -> Result<Self> {
         let features = local.i((.., 0))?.contiguous()?;
-        Ok(Self { features: Some(features), local_features: Some(local), pixels: None })
+        Ok(Self {
+            features: Some(features),
+            local_features: Some(local),
+            pixels: None,
+        })
     }
 
     /// Images as preprocessed pixels `(batch, 3, side, side)`.
     pub fn of_pixels(pixels: Tensor) -> Self {
-        Self { pixels: Some(pixels), ..Self::default() }
+        Self {
+            pixels: Some(pixels),
+            ..Self::default()
+        }
     }
 
     /// Encodes `pixels` with the frozen tower as far as `needs` asks.
     pub fn encode(clip: &Clip, pixels: &Tensor, needs: ImageNeeds) -> Result<Self> {
         match needs {
             ImageNeeds::GlobalFeatures => Ok(Self::of_features(clip.image().encode(pixels)?)),
-            ImageNeeds::LocalFeatures => Self::of_local_features(clip.image().encode_dense(pixels)?),
+            ImageNeeds::LocalFeatures => {
+                Self::of_local_features(clip.image().encode_dense(pixels)?)
+            }
             ImageNeeds::Pixels => Ok(Self::of_pixels(pixels.clone())),
         }
     }
@@ -76,7 +88,9 @@ impl ImageBatch {
     /// # Errors
     /// [`Error::Data`] if the batch was asked for as pixels.
     pub fn features(&self) -> Result<&Tensor> {
-        self.features.as_ref().ok_or_else(|| Error::Data("the batch holds no image features".into()))
+        self.features
+            .as_ref()
+            .ok_or_else(|| Error::Data("the batch holds no image features".into()))
     }
 
     /// Raw features of every token `(batch, 1 + h·w, embed_dim)`, the global one first.
@@ -84,7 +98,9 @@ impl ImageBatch {
     /// # Errors
     /// [`Error::Data`] if the batch was asked for otherwise.
     pub fn local_features(&self) -> Result<&Tensor> {
-        self.local_features.as_ref().ok_or_else(|| Error::Data("the batch holds no local image features".into()))
+        self.local_features
+            .as_ref()
+            .ok_or_else(|| Error::Data("the batch holds no local image features".into()))
     }
 
     /// Preprocessed pixels `(batch, 3, side, side)`.
@@ -92,12 +108,18 @@ impl ImageBatch {
     /// # Errors
     /// [`Error::Data`] if the batch was asked for as features.
     pub fn pixels(&self) -> Result<&Tensor> {
-        self.pixels.as_ref().ok_or_else(|| Error::Data("the batch holds no pixels".into()))
+        self.pixels
+            .as_ref()
+            .ok_or_else(|| Error::Data("the batch holds no pixels".into()))
     }
 
     /// Number of images.
     pub fn len(&self) -> usize {
-        [&self.features, &self.pixels].into_iter().flatten().next().map_or(0, |t| t.dims()[0])
+        [&self.features, &self.pixels]
+            .into_iter()
+            .flatten()
+            .next()
+            .map_or(0, |t| t.dims()[0])
     }
 
     /// Whether there is no image.
@@ -119,8 +141,11 @@ pub trait ImageSource: Send + Sync + std::fmt::Debug {
     /// What to call item `index` in a message: its path, where it has one.
     fn name(&self, index: usize) -> String;
 
-    /// Hash of what the images are, for caches and for refusing to resume on other data.
-    fn fingerprint(&self) -> Result<String>;
+    /// Hash of what the images at `indices` are, for caches and for refusing to resume on other data.
+    ///
+    /// # Errors
+    /// Names the image that cannot be read.
+    fn fingerprint(&self, indices: &[usize]) -> Result<String>;
 
     /// Preprocessed, normalised pixels `(indices.len(), 3, side, side)`, f32.
     ///
@@ -132,7 +157,13 @@ pub trait ImageSource: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// As [`ImageSource::pixels`].
-    fn images(&self, clip: &Clip, indices: &[usize], needs: ImageNeeds, view: View) -> Result<ImageBatch> {
+    fn images(
+        &self,
+        clip: &Clip,
+        indices: &[usize],
+        needs: ImageNeeds,
+        view: View,
+    ) -> Result<ImageBatch> {
         ImageBatch::encode(clip, &self.pixels(indices, clip.preprocess(), view)?, needs)
     }
 }
@@ -148,6 +179,12 @@ impl MemoryImages {
     pub fn new(pixels: Tensor) -> Self {
         Self { pixels }
     }
+
+    fn select(&self, indices: &[usize]) -> Result<Tensor> {
+        let indices: Vec<u32> = indices.iter().map(|&i| i as u32).collect();
+        let indices = Tensor::new(indices, self.pixels.device())?;
+        Ok(self.pixels.index_select(&indices, 0)?)
+    }
 }
 
 impl ImageSource for MemoryImages {
@@ -159,19 +196,17 @@ impl ImageSource for MemoryImages {
         format!("image {index}")
     }
 
-    fn fingerprint(&self) -> Result<String> {
-        let values = self.pixels.flatten_all()?.to_vec1::<f32>()?;
+    fn fingerprint(&self, indices: &[usize]) -> Result<String> {
+        let view = self.select(indices)?.flatten_all()?.to_vec1::<f32>()?;
         let mut hasher = blake3::Hasher::new();
-        for v in values {
+        view.iter().for_each(|v| {
             hasher.update(&v.to_le_bytes());
-        }
+        });
         Ok(hasher.finalize().to_hex().to_string())
     }
 
     fn pixels(&self, indices: &[usize], _: &Preprocess, _: View) -> Result<Tensor> {
-        let indices: Vec<u32> = indices.iter().map(|&i| i as u32).collect();
-        let indices = Tensor::new(indices, self.pixels.device())?;
-        Ok(self.pixels.index_select(&indices, 0)?)
+        self.select(indices)
     }
 }
 
@@ -216,7 +251,11 @@ pub struct Split<R: Role> {
 
 impl<R: Role> Clone for Split<R> {
     fn clone(&self) -> Self {
-        Self { source: self.source.clone(), items: self.items.clone(), role: PhantomData }
+        Self {
+            source: self.source.clone(),
+            items: self.items.clone(),
+            role: PhantomData,
+        }
     }
 }
 
@@ -233,9 +272,16 @@ impl<R: Role> Split<R> {
     /// [`Error::Data`] if an item does not exist in the source.
     pub fn new(source: Arc<dyn ImageSource>, items: Vec<(usize, u32)>) -> Result<Self> {
         if let Some((item, _)) = items.iter().find(|(item, _)| *item >= source.len()) {
-            return Err(Error::Data(format!("item {item} is not among the {} images of the source", source.len())));
+            return Err(Error::Data(format!(
+                "item {item} is not among the {} images of the source",
+                source.len()
+            )));
         }
-        Ok(Self { source, items, role: PhantomData })
+        Ok(Self {
+            source,
+            items,
+            role: PhantomData,
+        })
     }
 
     /// Number of images.
@@ -265,16 +311,40 @@ impl<R: Role> Split<R> {
 
     /// The same items from another source of the same images, such as a cache over the present one.
     pub fn with_source(&self, source: Arc<dyn ImageSource>) -> Self {
-        Self { source, items: self.items.clone(), role: PhantomData }
+        Self {
+            source,
+            items: self.items.clone(),
+            role: PhantomData,
+        }
     }
 
     /// The images at `positions` of this split.
     ///
     /// # Errors
     /// As [`ImageSource::images`].
-    pub fn images(&self, clip: &Clip, positions: &[usize], needs: ImageNeeds, view: View) -> Result<ImageBatch> {
+    pub fn images(
+        &self,
+        clip: &Clip,
+        positions: &[usize],
+        needs: ImageNeeds,
+        view: View,
+    ) -> Result<ImageBatch> {
         let items: Vec<usize> = positions.iter().map(|&p| self.items[p].0).collect();
         self.source.images(clip, &items, needs, view)
+    }
+
+    /// Hash of the images and their labels.
+    ///
+    /// # Errors
+    /// As [`ImageSource::fingerprint`].
+    pub fn fingerprint(&self) -> Result<String> {
+        let items: Vec<usize> = self.items.iter().map(|i| i.0).collect();
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(self.source.fingerprint(&items)?.as_bytes());
+        self.labels().for_each(|label| {
+            hasher.update(&label.to_le_bytes());
+        });
+        Ok(hasher.finalize().to_hex().to_string())
     }
 
     /// Name of the image at `position`.
@@ -354,13 +424,17 @@ impl Labelled {
                 Some(count) => *count += 1,
                 None => {
                     let name = self.train.name(position);
-                    return Err(Error::Data(format!("{name}: label {label} has no name, there are {n_cls} classes")));
+                    return Err(Error::Data(format!(
+                        "{name}: label {label} has no name, there are {n_cls} classes"
+                    )));
                 }
             }
         }
         if let Some(label) = counts.iter().position(|&n| n == 0) {
             let name = &self.classes.names()[label];
-            return Err(Error::Data(format!("class `{name}` has no training image; leave it out or add images")));
+            return Err(Error::Data(format!(
+                "class `{name}` has no training image; leave it out or add images"
+            )));
         }
         Ok(())
     }

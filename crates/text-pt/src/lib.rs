@@ -1,1 +1,13 @@
-//! x
+#![doc = include_str!("../README.md")]
+
+pub mod coop;
+pub mod templates;
+pub mod zeroshot;
+
+use cliptune_core::method::Entry;
+
+pub use coop::{CoOp, CoOpConfig};
+pub use zeroshot::{ZeroShot, ZeroShotConfig};
+
+/// The family's methods, in the order in which they are listed. A new method adds its file and its line here.
+pub const METHODS: &[Entry] = &[zeroshot::ENTRY, coop::ENTRY];

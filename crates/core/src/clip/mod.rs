@@ -1,25 +1,299 @@
-//! CLIP: two frozen towers and a scale.
-#![allow(missing_docs)]
+//! CLIP: two frozen towers that meet in one feature space, and a scale.
+
+mod block;
+mod resnet;
+mod text;
+mod vit;
 
 use std::path::Path;
-use candle_core::{Device, Tensor};
-use crate::{Arch, Checkpoint, Preprocess, Result, Error};
+
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+
+use self::block::Weights;
+use self::resnet::ResNet;
+use self::vit::Vit;
+use crate::{Arch, Checkpoint, Error, Preprocess, Result, VisionArch, checkpoint, ops};
+
+pub use self::text::{Probe, TextTower};
+
+/// How frozen weights are kept in memory. Computation is always in f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Storage {
+    /// As f32: fastest, and exact for every checkpoint.
+    #[default]
+    F32,
+    /// As f16: half the memory; exact for matrices that were published in f16, as OpenAI's are.
+    F16,
+    /// As bf16: half the memory, eight bits of precision.
+    Bf16,
+}
+
+/// A CLIP model with frozen weights.
+#[derive(Debug)]
+pub struct Clip {
+    text: TextTower,
+    image: ImageTower,
+    logit_scale: f64,
+    arch: Arch,
+    preprocess: Preprocess,
+    weights_hash: String,
+}
+
+impl Clip {
+    /// Loads weights of any supported layout; see [`Checkpoint::open`].
+    ///
+    /// # Errors
+    /// Names the file, the tensor and what was expected.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        Self::load_with(path, Storage::default())
+    }
+
+    /// As [`Clip::load`], keeping the frozen matrices in `storage`.
+    ///
+    /// # Errors
+    /// As [`Clip::load`].
+    pub fn load_with(path: impl AsRef<Path>, storage: Storage) -> Result<Self> {
+        Self::from_checkpoint(Checkpoint::open(path.as_ref())?, storage)
+    }
+
+    /// Builds the towers from a checkpoint in memory.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], [`Error::Shape`], [`Error::NotFinite`].
+    pub fn from_checkpoint(checkpoint: Checkpoint, storage: Storage) -> Result<Self> {
+        let Checkpoint {
+            path,
+            arch,
+            preprocess,
+            tensors,
+        } = checkpoint;
+        let weights_hash = checkpoint::weights_hash(&tensors)?;
+        let dtype = match storage {
+            Storage::F32 => DType::F32,
+            Storage::F16 => DType::F16,
+            Storage::Bf16 => DType::BF16,
+        };
+        let mut w = Weights::new(&path, tensors, dtype);
+        let logit_scale = w.values("logit_scale", &[])?[0];
+        let tower = match arch.vision {
+            VisionArch::Vit {
+                layers,
+                width,
+                patch_size,
+            } => Tower::Vit(Vit::load(&mut w, &arch, layers, width, patch_size)?),
+            VisionArch::ResNet { layers, width } => {
+                Tower::ResNet(Box::new(ResNet::load(&mut w, &arch, layers, width)?))
+            }
+        };
+        let image = ImageTower {
+            tower,
+            resolution: arch.image_resolution,
+            embed_dim: arch.embed_dim,
+        };
+        let text = TextTower::load(&mut w, &arch, dtype)?;
+        Ok(Self {
+            text,
+            image,
+            logit_scale: f64::from(logit_scale),
+            arch,
+            preprocess,
+            weights_hash,
+        })
+    }
+
+    /// The text tower.
+    pub fn text(&self) -> &TextTower {
+        &self.text
+    }
+
+    /// The image tower.
+    pub fn image(&self) -> &ImageTower {
+        &self.image
+    }
+
+    /// Logarithm of [`Clip::scale`], as the checkpoint holds it.
+    pub fn logit_scale(&self) -> f64 {
+        self.logit_scale
+    }
+
+    /// Factor of the cosines, about 100 in published weights.
+    pub fn scale(&self) -> f64 {
+        // The authors take the exponential in f32.
+        f64::from((self.logit_scale as f32).exp())
+    }
+
+    /// Sizes of both towers.
+    pub fn arch(&self) -> &Arch {
+        &self.arch
+    }
+
+    /// How images become this model's input.
+    pub fn preprocess(&self) -> &Preprocess {
+        &self.preprocess
+    }
+
+    /// Hash of all weights; equal for every layout that holds equal values.
+    pub fn weights_hash(&self) -> &str {
+        &self.weights_hash
+    }
+
+    /// Where the towers compute.
+    pub fn device(&self) -> &Device {
+        &Device::Cpu
+    }
+
+    /// `scale · cos(image, text)` of raw features: `(batch, embed_dim)` and `(n_cls, embed_dim)` → `(batch, n_cls)`.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] if a feature is zero or not finite.
+    pub fn cosine_logits(&self, image_features: &Tensor, text_features: &Tensor) -> Result<Tensor> {
+        let text = ops::unit_length(text_features, "a text feature")?;
+        self.unit_logits(image_features, &text)
+    }
+
+    /// As [`Clip::cosine_logits`] for text features that are of unit length already.
+    ///
+    /// # Errors
+    /// As [`Clip::cosine_logits`].
+    pub fn unit_logits(&self, image_features: &Tensor, text_features: &Tensor) -> Result<Tensor> {
+        let image = ops::unit_length(image_features, "an image feature")?;
+        Ok((image * self.scale())?.matmul(&text_features.t()?)?)
+    }
+
+    /// Bytes of frozen matrices held.
+    pub fn bytes(&self) -> usize {
+        let image = match &self.image.tower {
+            Tower::Vit(t) => t.bytes(),
+            Tower::ResNet(t) => t.bytes(),
+        };
+        self.text.bytes() + image
+    }
+}
 
 #[derive(Debug)]
-pub struct ImageTower {}
-impl ImageTower {
-    pub fn encode(&self, _pixels: &Tensor) -> Result<Tensor> { Err(Error::Data("soon".into())) }
-    pub fn encode_dense(&self, _pixels: &Tensor) -> Result<Tensor> { Err(Error::Data("soon".into())) }
+enum Tower {
+    Vit(Vit),
+    ResNet(Box<ResNet>),
 }
+
+/// CLIP's image tower, a vision transformer or a modified ResNet.
 #[derive(Debug)]
-pub struct Clip { image: ImageTower, arch: Arch, preprocess: Preprocess, hash: String }
-impl Clip {
-    pub fn load(path: impl AsRef<Path>) -> Result<Self> { Self::from_checkpoint(Checkpoint::open(path.as_ref())?) }
-    pub fn from_checkpoint(c: Checkpoint) -> Result<Self> { Ok(Self { image: ImageTower {}, arch: c.arch, preprocess: c.preprocess, hash: String::new() }) }
-    pub fn image(&self) -> &ImageTower { &self.image }
-    pub fn preprocess(&self) -> &Preprocess { &self.preprocess }
-    pub fn arch(&self) -> &Arch { &self.arch }
-    /// Hash of all weights
-    pub fn weights_hash(&self) -> &str { &self.hash }
-    pub fn device(&self) -> &Device { &Device::Cpu }
+pub struct ImageTower {
+    tower: Tower,
+    resolution: usize,
+    embed_dim: usize,
+}
+
+impl ImageTower {
+    /// Width of a feature.
+    pub fn embed_dim(&self) -> usize {
+        self.embed_dim
+    }
+
+    fn expect(&self, pixels: &Tensor) -> Result<()> {
+        let r = self.resolution;
+        match *pixels.dims() {
+            [_, 3, h, w] if (h, w) == (r, r) => Ok(()),
+            _ => Err(Error::Shape {
+                what: "batch of images".into(),
+                found: pixels.dims().to_vec(),
+                expected: vec![pixels.dims().first().copied().unwrap_or(1), 3, r, r],
+            }),
+        }
+    }
+
+    /// Raw features of preprocessed pixels: `(batch, 3, side, side)` → `(batch, embed_dim)`.
+    ///
+    /// An image's feature has the same bits whatever stands beside it in the batch.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the pixels are not of the tower's resolution.
+    pub fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
+        self.expect(pixels)?;
+        each_image(pixels, |image| match &self.tower {
+            Tower::Vit(tower) => tower.encode(image, &mut |_, _| Ok(())),
+            Tower::ResNet(tower) => tower.encode(image, &mut |_, _| Ok(())),
+        })
+    }
+
+    /// As [`ImageTower::encode`], showing every hidden state to `probe`.
+    ///
+    /// Names are `conv1`, `ln_pre`, `block0`, ..., `ln_post` (ViT) and `stem`, `layer1`, ..., `layer4` (ResNet).
+    ///
+    /// # Errors
+    /// As [`ImageTower::encode`], and those of `probe`.
+    pub fn encode_probed(&self, pixels: &Tensor, probe: Probe<'_>) -> Result<Tensor> {
+        self.expect(pixels)?;
+        match &self.tower {
+            Tower::Vit(tower) => tower.encode(pixels, probe),
+            Tower::ResNet(tower) => tower.encode(pixels, probe),
+        }
+    }
+
+    /// Raw features of every token, `(batch, 1 + h·w, embed_dim)`, the global feature first.
+    ///
+    /// ViT: every token through `ln_post` and the projection. ResNet: the attention pool with every token as a query.
+    ///
+    /// # Errors
+    /// As [`ImageTower::encode`].
+    pub fn encode_dense(&self, pixels: &Tensor) -> Result<Tensor> {
+        self.expect(pixels)?;
+        each_image(pixels, |image| match &self.tower {
+            Tower::Vit(tower) => tower.encode_dense(image),
+            Tower::ResNet(tower) => tower.encode_dense(image, true),
+        })
+    }
+
+    /// As [`ImageTower::encode_dense`] for a ResNet at any resolution that 32 divides, with or without the pool's
+    /// position table (TaI-DPT leaves it out); the table is resized to the grid.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for a ViT or another resolution.
+    pub fn encode_dense_at_any_size(
+        &self,
+        pixels: &Tensor,
+        with_positions: bool,
+    ) -> Result<Tensor> {
+        let (_, _, h, w) = pixels.dims4()?;
+        match &self.tower {
+            Tower::ResNet(tower) if h % 32 == 0 && w % 32 == 0 && h * w > 0 => {
+                tower.encode_dense(pixels, with_positions)
+            }
+            Tower::ResNet(_) => Err(Error::Data(format!(
+                "a ResNet takes sides that 32 divides, not {h}×{w}"
+            ))),
+            Tower::Vit(_) => Err(Error::Data("a ViT has no attention pool".into())),
+        }
+    }
+
+    /// What a ResNet's attention pool reads, `(batch, channels, h/32, w/32)`.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for a ViT.
+    pub fn last_stage(&self, pixels: &Tensor) -> Result<Tensor> {
+        match &self.tower {
+            Tower::ResNet(tower) => tower.last_stage(pixels, &mut |_, _| Ok(())),
+            Tower::Vit(_) => Err(Error::Data("a ViT has no last stage".into())),
+        }
+    }
+}
+
+/// Runs `encode` on every image alone, in parallel.
+///
+/// The matrix kernels choose their blocks by the number of rows, so a product's last bits depend on it. One image at a time
+/// makes a feature independent of its batch, which the feature cache rests on.
+fn each_image(
+    pixels: &Tensor,
+    encode: impl Fn(&Tensor) -> Result<Tensor> + Sync,
+) -> Result<Tensor> {
+    let batch = pixels.dims().first().copied().unwrap_or(0);
+    if batch == 0 {
+        return Err(Error::Data("the batch holds no image".into()));
+    }
+    let features: Vec<Tensor> = (0..batch)
+        .into_par_iter()
+        .map(|i| encode(&pixels.narrow(0, i, 1)?))
+        .collect::<Result<_>>()?;
+    Ok(Tensor::cat(&features, 0)?)
 }

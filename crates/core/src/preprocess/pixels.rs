@@ -53,7 +53,9 @@ impl Pixels {
     /// # Errors
     /// [`Error::Data`] if it has no pixel, or `data` has another length than the sizes and the mode say.
     pub fn new(width: usize, height: usize, mode: Mode, data: Vec<u8>) -> Result<Self> {
-        let expected = width.checked_mul(height).and_then(|n| n.checked_mul(mode.bytes_per_pixel()));
+        let expected = width
+            .checked_mul(height)
+            .and_then(|n| n.checked_mul(mode.bytes_per_pixel()));
         if expected == Some(0) || expected != Some(data.len()) {
             return Err(Error::Data(format!(
                 "a picture of {width} x {height} pixels with {} bytes each cannot have {} bytes",
@@ -61,7 +63,12 @@ impl Pixels {
                 data.len()
             )));
         }
-        Ok(Self { width, height, mode, data })
+        Ok(Self {
+            width,
+            height,
+            mode,
+            data,
+        })
     }
 
     /// Pixels in a row.
@@ -97,14 +104,33 @@ impl Pixels {
 pub(super) fn to_rgb(data: &[u8], mode: &Mode) -> Vec<u8> {
     match mode {
         Mode::Bilevel | Mode::L => data.iter().flat_map(|&v| [v; 3]).collect(),
-        Mode::La => data.as_chunks::<2>().0.iter().flat_map(|&[v, _]| [v; 3]).collect(),
-        Mode::I16 => data.as_chunks::<2>().0.iter().flat_map(|&[low, high]| [if high > 0 { 255 } else { low }; 3]).collect(),
+        Mode::La => data
+            .as_chunks::<2>()
+            .0
+            .iter()
+            .flat_map(|&[v, _]| [v; 3])
+            .collect(),
+        Mode::I16 => data
+            .as_chunks::<2>()
+            .0
+            .iter()
+            .flat_map(|&[low, high]| [if high > 0 { 255 } else { low }; 3])
+            .collect(),
         Mode::Palette(colours) => data.iter().flat_map(|&i| colours[usize::from(i)]).collect(),
         Mode::Rgb => data.to_vec(),
-        Mode::Rgba => data.as_chunks::<4>().0.iter().flat_map(|&[r, g, b, _]| [r, g, b]).collect(),
+        Mode::Rgba => data
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .flat_map(|&[r, g, b, _]| [r, g, b])
+            .collect(),
         Mode::Cmyk => {
             let light = |ink, black: u8| (255 - black).saturating_sub(times(ink, 255 - black));
-            data.as_chunks::<4>().0.iter().flat_map(|&[c, m, y, k]| [light(c, k), light(m, k), light(y, k)]).collect()
+            data.as_chunks::<4>()
+                .0
+                .iter()
+                .flat_map(|&[c, m, y, k]| [light(c, k), light(m, k), light(y, k)])
+                .collect()
         }
     }
 }
@@ -131,7 +157,9 @@ pub(super) fn unpremultiply<const N: usize>(data: &mut [u8]) {
     for pixel in data.as_chunks_mut::<N>().0 {
         if let [colours @ .., alpha @ 1..=254] = &mut pixel[..] {
             let alpha = u32::from(*alpha);
-            colours.iter_mut().for_each(|c| *c = (u32::from(*c) * 255 / alpha).min(255) as u8);
+            colours
+                .iter_mut()
+                .for_each(|c| *c = (u32::from(*c) * 255 / alpha).min(255) as u8);
         }
     }
 }

@@ -74,9 +74,16 @@ impl Sample for u16 {
     }
 
     fn of_sum(sum: f64) -> Self {
-        let rounded = if sum >= 0.0 { (sum + 0.5).floor() } else { -(sum.abs() + 0.5).floor() } as i32;
+        let rounded = if sum >= 0.0 {
+            (sum + 0.5).floor()
+        } else {
+            -(sum.abs() + 0.5).floor()
+        } as i32;
         // Pillow clips the two bytes apart.
-        Self::from_le_bytes([(rounded % 256).clamp(0, 255) as u8, (rounded >> 8).clamp(0, 255) as u8])
+        Self::from_le_bytes([
+            (rounded % 256).clamp(0, 255) as u8,
+            (rounded >> 8).clamp(0, 255) as u8,
+        ])
     }
 }
 
@@ -116,10 +123,15 @@ impl<S: Sample> Weights<S> {
             // Conversions to integers go towards zero, and negative values become zero.
             let first = (centre - support + 0.5) as usize;
             let end = ((centre + support + 0.5) as usize).min(axis.input);
-            let raw: Vec<f64> = (first..end).map(|x| bicubic((x as f64 - centre + 0.5) * (1.0 / widening))).collect();
+            let raw: Vec<f64> = (first..end)
+                .map(|x| bicubic((x as f64 - centre + 0.5) * (1.0 / widening)))
+                .collect();
             let sum: f64 = raw.iter().sum();
             let from = values.len();
-            values.extend(raw.into_iter().map(|w| S::weight(if sum != 0.0 { w / sum } else { w })));
+            values.extend(
+                raw.into_iter()
+                    .map(|w| S::weight(if sum != 0.0 { w / sum } else { w })),
+            );
             of_output.push((first, from..values.len()));
         }
         Self { of_output, values }
@@ -128,18 +140,29 @@ impl<S: Sample> Weights<S> {
     /// Input pixels that any of the outputs needs.
     fn needed(&self) -> Range<usize> {
         let first = self.of_output.first().map_or(0, |(first, _)| *first);
-        let end = self.of_output.iter().map(|(first, weights)| first + weights.len()).max().unwrap_or(0);
+        let end = self
+            .of_output
+            .iter()
+            .map(|(first, weights)| first + weights.len())
+            .max()
+            .unwrap_or(0);
         first..end
     }
 
     /// For each output its first input, counted from `start`, and its weights.
     fn iter(&self, start: usize) -> impl Iterator<Item = (usize, &[S::Sum])> {
-        self.of_output.iter().map(move |(first, weights)| (first - start, &self.values[weights.clone()]))
+        self.of_output
+            .iter()
+            .map(move |(first, weights)| (first - start, &self.values[weights.clone()]))
     }
 }
 
 /// Resizes pixels of `N` samples; gives `(rows kept, columns kept, N)`.
-pub(super) fn resize<S: Sample, const N: usize>(source: Source<S>, columns: &Axis, rows: &Axis) -> Vec<S> {
+pub(super) fn resize<S: Sample, const N: usize>(
+    source: Source<S>,
+    columns: &Axis,
+    rows: &Axis,
+) -> Vec<S> {
     let across = Weights::new(columns);
     let down = Weights::new(rows);
     // Rows come first unless the height shrinks by more than twice what the width does (Pillow 13; earlier: always).
@@ -147,14 +170,35 @@ pub(super) fn resize<S: Sample, const N: usize>(source: Source<S>, columns: &Axi
     if lost(rows) > 0 && lost(rows) > 2 * lost(columns) {
         let needed = across.needed();
         let width = needed.len() * N;
-        let low = resize_down(Source { offset: source.offset + needed.start * N, ..source }, width, &down, 0);
-        let low = Source { data: &low, stride: width, offset: 0 };
+        let low = resize_down(
+            Source {
+                offset: source.offset + needed.start * N,
+                ..source
+            },
+            width,
+            &down,
+            0,
+        );
+        let low = Source {
+            data: &low,
+            stride: width,
+            offset: 0,
+        };
         resize_across::<S, N>(low, 0..rows.kept.len(), &across, needed.start)
     } else {
         let needed = down.needed();
         let width = columns.kept.len() * N;
         let narrow = resize_across::<S, N>(source, needed.clone(), &across, 0);
-        resize_down(Source { data: &narrow, stride: width, offset: 0 }, width, &down, needed.start)
+        resize_down(
+            Source {
+                data: &narrow,
+                stride: width,
+                offset: 0,
+            },
+            width,
+            &down,
+            needed.start,
+        )
     }
 }
 
@@ -182,7 +226,12 @@ fn resize_across<S: Sample, const N: usize>(
 }
 
 /// Resizes columns, rows of `width` samples at a time; `source` begins at the input row `start`.
-fn resize_down<S: Sample>(source: Source<S>, width: usize, weights: &Weights<S>, start: usize) -> Vec<S> {
+fn resize_down<S: Sample>(
+    source: Source<S>,
+    width: usize,
+    weights: &Weights<S>,
+    start: usize,
+) -> Vec<S> {
     let mut out = Vec::with_capacity(weights.of_output.len() * width);
     let mut sums = vec![S::EMPTY; width];
     for (first, weights) in weights.iter(start) {
@@ -212,5 +261,9 @@ pub(super) fn nearest(source: Source<u8>, columns: &Axis, rows: &Axis) -> Vec<u8
 fn nearest_inputs(axis: &Axis) -> Vec<usize> {
     let step = axis.input as f64 / axis.output as f64;
     let places = std::iter::successors(Some(step * 0.5), |at| Some(at + step));
-    places.map(|at| (at as usize).min(axis.input - 1)).take(axis.kept.end).skip(axis.kept.start).collect()
+    places
+        .map(|at| (at as usize).min(axis.input - 1))
+        .take(axis.kept.end)
+        .skip(axis.kept.start)
+        .collect()
 }

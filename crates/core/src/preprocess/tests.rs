@@ -10,7 +10,10 @@ struct Lcg(u64);
 
 impl Lcg {
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         self.0
     }
 
@@ -25,7 +28,9 @@ impl Lcg {
 
 /// FNV-1a.
 fn hash(bytes: &[u8]) -> String {
-    let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325u64, |h, &b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325u64, |h, &b| {
+        (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)
+    });
     format!("{hash:016x}")
 }
 
@@ -53,7 +58,11 @@ fn mode(name: &str) -> Mode {
         "I;16" => Mode::I16,
         "P" => Mode::Palette(Box::new(std::array::from_fn(|i| {
             let i = i as u8;
-            [i.wrapping_mul(7), i.wrapping_mul(13).wrapping_add(5), 255 - i]
+            [
+                i.wrapping_mul(7),
+                i.wrapping_mul(13).wrapping_add(5),
+                255 - i,
+            ]
         }))),
         "RGB" => Mode::Rgb,
         "RGBA" => Mode::Rgba,
@@ -68,10 +77,18 @@ fn noise(name: &str, width: usize, height: usize, seed: u64) -> Pixels {
     let mut lcg = Lcg(seed);
     let extreme = name == "1" || (seed % 2 == 1 && !matches!(name, "P" | "I;16"));
     let mut sample = || match lcg.byte() {
-        v if extreme => if v >= 128 { 255 } else { 0 },
+        v if extreme => {
+            if v >= 128 {
+                255
+            } else {
+                0
+            }
+        }
         v => v,
     };
-    let data = (0..width * height * mode.bytes_per_pixel()).map(|_| sample()).collect();
+    let data = (0..width * height * mode.bytes_per_pixel())
+        .map(|_| sample())
+        .collect();
     Pixels::new(width, height, mode, data).unwrap()
 }
 
@@ -83,12 +100,17 @@ fn bytes(view: &[f32], preprocess: &Preprocess) -> Vec<u8> {
         assert!((value - value.round()).abs() < 1e-3, "{value} is no byte");
         value.round() as u8
     };
-    (0..plane).flat_map(|i| [byte(i, 0), byte(i, 1), byte(i, 2)]).collect()
+    (0..plane)
+        .flat_map(|i| [byte(i, 0), byte(i, 1), byte(i, 2)])
+        .collect()
 }
 
 #[test]
 fn views_of_noise_equal_pillow_in_every_mode() {
-    let path = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/preprocess/pillow.json"));
+    let path = PathBuf::from(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../fixtures/preprocess/pillow.json"
+    ));
     let fixture: Fixture = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     assert!(fixture.cases.len() > 100);
     let mut wrong = Vec::new();
@@ -98,28 +120,54 @@ fn views_of_noise_equal_pillow_in_every_mode() {
         let preprocess = Preprocess::openai(case.n);
         let fixed = bytes(&fixed_view(&image, &preprocess).unwrap(), &preprocess);
         if hash(&fixed) != case.fixed {
-            wrong.push(format!("fixed view of {} {width} x {height} at {}", case.mode, case.n));
+            wrong.push(format!(
+                "fixed view of {} {width} x {height} at {}",
+                case.mode, case.n
+            ));
         }
         let mut lcg = Lcg(case.seed + 1000);
         let [left, top, w, h] = case.crop;
-        assert_eq!(random_crop(width, height, &mut || lcg.uniform()), Crop { left, top, width: w, height: h });
+        assert_eq!(
+            random_crop(width, height, &mut || lcg.uniform()),
+            Crop {
+                left,
+                top,
+                width: w,
+                height: h
+            }
+        );
         let mut lcg = Lcg(case.seed + 1000);
         let random = random_view(&image, &preprocess, &mut || lcg.uniform()).unwrap();
         if hash(&bytes(&random, &preprocess)) != case.random {
-            wrong.push(format!("random view of {} {width} x {height} at {}", case.mode, case.n));
+            wrong.push(format!(
+                "random view of {} {width} x {height} at {}",
+                case.mode, case.n
+            ));
         }
     }
-    assert!(wrong.is_empty(), "{} differ:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{} differ:\n{}",
+        wrong.len(),
+        wrong.join("\n")
+    );
 }
 
 #[test]
 fn bad_sizes_are_errors() {
-    let error = Pixels::new(3, 2, Mode::Rgb, vec![0; 17]).unwrap_err().to_string();
-    assert!(error.contains("3 x 2") && error.contains("17 bytes"), "{error}");
+    let error = Pixels::new(3, 2, Mode::Rgb, vec![0; 17])
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("3 x 2") && error.contains("17 bytes"),
+        "{error}"
+    );
     assert!(Pixels::new(0, 2, Mode::L, vec![]).is_err());
     assert!(Pixels::new(usize::MAX, usize::MAX, Mode::Rgba, vec![]).is_err());
     let image = Pixels::new(1, 1, Mode::L, vec![9]).unwrap();
-    let error = fixed_view(&image, &Preprocess::openai(0)).unwrap_err().to_string();
+    let error = fixed_view(&image, &Preprocess::openai(0))
+        .unwrap_err()
+        .to_string();
     assert!(error.starts_with("resolution = 0"), "{error}");
     assert!(random_view(&image, &Preprocess::openai(usize::MAX), &mut || 0.5).is_err());
     assert!(normalise(&[1, 2], &Preprocess::openai(1)).is_err());
@@ -128,8 +176,16 @@ fn bad_sizes_are_errors() {
 #[test]
 fn a_very_long_picture_costs_little() {
     let image = Pixels::new(1_000_000, 1, Mode::L, vec![7; 1_000_000]).unwrap();
-    assert_eq!(fixed_view(&image, &Preprocess::openai(224)).unwrap().len(), 3 * 224 * 224);
-    assert_eq!(random_view(&image, &Preprocess::openai(224), &mut || 0.99).unwrap().len(), 3 * 224 * 224);
+    assert_eq!(
+        fixed_view(&image, &Preprocess::openai(224)).unwrap().len(),
+        3 * 224 * 224
+    );
+    assert_eq!(
+        random_view(&image, &Preprocess::openai(224), &mut || 0.99)
+            .unwrap()
+            .len(),
+        3 * 224 * 224
+    );
 }
 
 const MODES: [&str; 8] = ["1", "L", "LA", "I;16", "P", "RGB", "RGBA", "CMYK"];

@@ -28,7 +28,9 @@ impl Vocabulary {
     pub(super) fn new() -> Self {
         // Printable bytes come first, in the order of Latin-1; the rest follows, in the order of their values.
         let printable = |b: &u8| matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-        let order = (0..=255u8).filter(printable).chain((0..=255u8).filter(|b| !printable(b)));
+        let order = (0..=255u8)
+            .filter(printable)
+            .chain((0..=255u8).filter(|b| !printable(b)));
         let mut of_byte = [0; 256];
         let mut to_byte = [0; 256];
         for (id, byte) in (0u16..).zip(order) {
@@ -36,10 +38,17 @@ impl Vocabulary {
             to_byte[usize::from(id)] = byte;
         }
         let (pairs, _) = MERGES.as_chunks::<4>();
-        let halves: Vec<_> =
-            pairs.iter().map(|&[a, b, c, d]| (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]))).collect();
+        let halves: Vec<_> = pairs
+            .iter()
+            .map(|&[a, b, c, d]| (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])))
+            .collect();
         let merged = halves.iter().copied().zip(BYTE_TOKENS as u16..).collect();
-        Self { of_byte, to_byte, halves, merged }
+        Self {
+            of_byte,
+            to_byte,
+            halves,
+            merged,
+        }
     }
 
     /// Number of tokens.
@@ -53,7 +62,9 @@ impl Vocabulary {
     /// A token's merges are always learnt after the token itself, so taking single pairs by (merge, position) does the same.
     pub(super) fn encode_word(&self, word: &str, ids: &mut Vec<u32>) {
         let mut symbols: Vec<u16> = word.bytes().map(|b| self.of_byte[usize::from(b)]).collect();
-        let Some(last) = symbols.last_mut() else { return };
+        let Some(last) = symbols.last_mut() else {
+            return;
+        };
         *last += 256;
 
         let n = symbols.len();
@@ -64,8 +75,9 @@ impl Vocabulary {
             let pair = (*symbols.get(at as usize)?, *symbols.get(next as usize)?);
             self.merged.get(&pair).map(|&token| Reverse((token, at)))
         };
-        let mut queue: BinaryHeap<_> =
-            (1..n as u32).filter_map(|next| candidate(&symbols, next - 1, next)).collect();
+        let mut queue: BinaryHeap<_> = (1..n as u32)
+            .filter_map(|next| candidate(&symbols, next - 1, next))
+            .collect();
         while let Some(Reverse((token, at))) = queue.pop() {
             let next = right[at as usize];
             // Either symbol may have changed or gone since the pair was queued.

@@ -20,7 +20,8 @@ const WITHOUT_SEMICOLON: [&str; 106] = [
 
 /// What Windows-1252 has at 0x80 to 0x9F; HTML reads numeric references to these places so. Five places are empty there.
 pub(super) const WINDOWS_1252: [char; 32] = [
-    '€', '\u{81}', '‚', 'ƒ', '„', '…', '†', '‡', 'ˆ', '‰', 'Š', '‹', 'Œ', '\u{8d}', 'Ž', '\u{8f}', //
+    '€', '\u{81}', '‚', 'ƒ', '„', '…', '†', '‡', 'ˆ', '‰', 'Š', '‹', 'Œ', '\u{8d}', 'Ž',
+    '\u{8f}', //
     '\u{90}', '‘', '’', '“', '”', '•', '–', '—', '˜', '™', 'š', '›', 'œ', '\u{9d}', 'ž', 'Ÿ',
 ];
 
@@ -37,7 +38,9 @@ pub(super) fn entity(name: &str) -> Option<String> {
 
 /// Replaces every character reference: with and without semicolon, by name (the longest known beginning) and by number.
 pub(super) fn unescape(text: &str) -> Cow<'_, str> {
-    let Some(first) = text.find('&') else { return Cow::Borrowed(text) };
+    let Some(first) = text.find('&') else {
+        return Cow::Borrowed(text);
+    };
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
     let mut next = Some(first);
@@ -62,14 +65,19 @@ fn number(text: &str, out: &mut String) -> Option<usize> {
         Some(digits) => (digits, 16),
         None => (digits, 10),
     };
-    let len = digits.bytes().take_while(|&b| char::from(b).is_digit(radix)).count();
+    let len = digits
+        .bytes()
+        .take_while(|&b| char::from(b).is_digit(radix))
+        .count();
     if len == 0 {
         return None;
     }
     let value = digits[..len]
         .chars()
         .filter_map(|c| c.to_digit(radix))
-        .fold(0u32, |value, digit| value.saturating_mul(radix).saturating_add(digit));
+        .fold(0u32, |value, digit| {
+            value.saturating_mul(radix).saturating_add(digit)
+        });
     out.extend(referenced(value));
     let start = text.len() - digits.len();
     Some(start + len + usize::from(digits[len..].starts_with(';')))
@@ -93,13 +101,23 @@ fn referenced(value: u32) -> Option<char> {
 /// Resolves a name at the start of `text`; gives the bytes used.
 fn name(text: &str, out: &mut String) -> Option<usize> {
     let stop = |c: char| matches!(c, '\t' | '\n' | '\x0C' | ' ' | '<' | '&' | '#' | ';');
-    let len: usize = text.chars().take(LONGEST_NAME).take_while(|&c| !stop(c)).map(char::len_utf8).sum();
+    let len: usize = text
+        .chars()
+        .take(LONGEST_NAME)
+        .take_while(|&c| !stop(c))
+        .map(char::len_utf8)
+        .sum();
     let name = &text[..len];
-    if text[len..].starts_with(';') && let Some(characters) = entity(name) {
+    if text[len..].starts_with(';')
+        && let Some(characters) = entity(name)
+    {
         out.push_str(&characters);
         return Some(len + 1);
     }
-    let longest = WITHOUT_SEMICOLON.iter().filter(|known| name.starts_with(**known)).max_by_key(|known| known.len())?;
+    let longest = WITHOUT_SEMICOLON
+        .iter()
+        .filter(|known| name.starts_with(**known))
+        .max_by_key(|known| known.len())?;
     out.push_str(&entity(longest)?);
     Some(longest.len())
 }
@@ -115,10 +133,16 @@ mod tests {
             ("&notit;", "¬it;"),
             ("&notin;", "∉"),
             ("&copy2020 &COPY", "©2020 ©"),
-            ("&unknown; & &; &#; &#x; &#xg", "&unknown; & &; &#; &#x; &#xg"),
+            (
+                "&unknown; & &; &#; &#x; &#xg",
+                "&unknown; & &; &#; &#x; &#xg",
+            ),
             ("&#8364&#x20AC;&#128;&#X80", "€€€€"),
             ("a&#1;b&#xFFFE;c&#xFDD0;d&#x1FFFF;e", "abcde"),
-            ("&#0;&#xD800;&#x110000;&#99999999999999999999;", "\u{fffd}\u{fffd}\u{fffd}\u{fffd}"),
+            (
+                "&#0;&#xD800;&#x110000;&#99999999999999999999;",
+                "\u{fffd}\u{fffd}\u{fffd}\u{fffd}",
+            ),
             ("&#129;&#13;", "\u{81}\r"),
             ("&NotEqualTilde;", "≂\u{338}"),
             ("&&lt;&", "&<&"),

@@ -49,7 +49,9 @@ impl Tokenizer {
     /// The tokenizer; its tables are built on the first call.
     pub fn get() -> &'static Self {
         static TOKENIZER: OnceLock<Tokenizer> = OnceLock::new();
-        TOKENIZER.get_or_init(|| Self { vocabulary: bpe::Vocabulary::new() })
+        TOKENIZER.get_or_init(|| Self {
+            vocabulary: bpe::Vocabulary::new(),
+        })
     }
 
     /// Ids of the cleaned `text`, without the start and the end token.
@@ -87,7 +89,11 @@ impl Tokenizer {
     pub fn tokenize(&self, text: &str, context_length: usize) -> Result<Vec<u32>> {
         let ids = self.with_ends(text);
         if ids.len() > context_length {
-            return Err(Error::PromptTooLong { text: text.to_owned(), tokens: ids.len(), context_length });
+            return Err(Error::PromptTooLong {
+                text: text.to_owned(),
+                tokens: ids.len(),
+                context_length,
+            });
         }
         Ok(ids)
     }

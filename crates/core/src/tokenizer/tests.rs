@@ -53,38 +53,68 @@ fn check(name: &str) -> usize {
         let expected = case.cleaned.as_ref().unwrap_or(&case.text);
         let cleaned = clean(&case.text);
         if cleaned != *expected {
-            wrong.push(format!("cleaning {:?} gives {cleaned:?}, not {expected:?}", case.text));
+            wrong.push(format!(
+                "cleaning {:?} gives {cleaned:?}, not {expected:?}",
+                case.text
+            ));
         }
         let ids = tokenizer.encode(&case.text);
         if ids != case.ids {
             wrong.push(format!("{:?} gives {ids:?}, not {:?}", case.text, case.ids));
         }
         if let Some(fits) = case.fits {
-            assert_eq!(tokenizer.tokenize(&case.text, 77).is_ok(), fits, "{:?}", case.text);
+            assert_eq!(
+                tokenizer.tokenize(&case.text, 77).is_ok(),
+                fits,
+                "{:?}",
+                case.text
+            );
         }
         if let Some(eot) = case.eot {
             let row = tokenizer.tokenize_truncated(&case.text, 77);
-            assert_eq!(row.iter().position(|&id| id == END), Some(eot), "{:?}", case.text);
+            assert_eq!(
+                row.iter().position(|&id| id == END),
+                Some(eot),
+                "{:?}",
+                case.text
+            );
         }
     }
     for case in &fixture.length {
         let ids = tokenizer.tokenize(&case.text, case.context_length);
         match ids {
             Ok(ids) => assert!(case.error.is_none() && ids.len() == case.n_tokens),
-            Err(Error::PromptTooLong { text, tokens, context_length }) => {
+            Err(Error::PromptTooLong {
+                text,
+                tokens,
+                context_length,
+            }) => {
                 assert!(case.error.is_some(), "{text}");
-                assert_eq!((tokens, context_length), (case.n_tokens, case.context_length));
+                assert_eq!(
+                    (tokens, context_length),
+                    (case.n_tokens, case.context_length)
+                );
             }
             Err(other) => panic!("{other}"),
         }
         let mut row = tokenizer.tokenize_truncated(&case.text, case.context_length);
         row.resize(case.context_length, 0);
-        assert_eq!(row, case.truncated, "{:?} at {}", case.text, case.context_length);
+        assert_eq!(
+            row, case.truncated,
+            "{:?} at {}",
+            case.text, case.context_length
+        );
     }
     for case in &fixture.decode {
         assert_eq!(tokenizer.decode(&case.ids), case.text, "{:?}", case.ids);
     }
-    assert!(wrong.is_empty(), "{} of {} cases differ:\n{}", wrong.len(), fixture.cases.len(), wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{} of {} cases differ:\n{}",
+        wrong.len(),
+        fixture.cases.len(),
+        wrong.join("\n")
+    );
     fixture.cases.len() + fixture.length.len() + fixture.decode.len()
 }
 
@@ -110,12 +140,17 @@ fn the_vocabulary_equals_an_independent_copy() {
         let text = String::from_utf8_lossy(&bytes).replace("</w>", " ");
         assert_eq!(text, other.decode([token]), "token {id}");
         // Tokens that end a word are words themselves, so both must find them again, or the same tokens in their place.
-        if let Some(word) = std::str::from_utf8(&bytes).ok().and_then(|text| text.strip_suffix("</w>"))
+        if let Some(word) = std::str::from_utf8(&bytes)
+            .ok()
+            .and_then(|text| text.strip_suffix("</w>"))
             && word.bytes().all(|b| b.is_ascii_lowercase())
         {
             let mut expected = Vec::new();
             other.encode(word, &mut expected);
-            let expected: Vec<u32> = expected.into_iter().map(|token| token.to_u16().into()).collect();
+            let expected: Vec<u32> = expected
+                .into_iter()
+                .map(|token| token.to_u16().into())
+                .collect();
             assert_eq!(Tokenizer::get().encode(word), expected, "{word}");
         }
     }
@@ -137,14 +172,21 @@ fn truncation_keeps_to_any_length() {
     assert!(tokenizer.tokenize_truncated("a cat", 0).is_empty());
     assert_eq!(tokenizer.tokenize_truncated("a cat", 1), [END]);
     assert_eq!(tokenizer.tokenize_truncated("a cat", 2), [START, END]);
-    assert_eq!(tokenizer.tokenize_truncated("a cat", 9), [START, 320, 2368, END]);
+    assert_eq!(
+        tokenizer.tokenize_truncated("a cat", 9),
+        [START, 320, 2368, END]
+    );
     let error = tokenizer.tokenize("a cat", 3).unwrap_err().to_string();
     assert!(error.contains("`a cat` needs 4 tokens"), "{error}");
 }
 
 /// Strings of characters that the repairs look at.
 fn damaged() -> impl Strategy<Value = String> {
-    let characters = prop::sample::select("Ã©â€™œ\u{9d}\u{80}\u{fffd}\u{1a} &#x;amlt<>ß\n\r\u{1b}[0mÐпŃ‚Äî√À\u{a0}'ſＡİΣé̈".chars().collect::<Vec<_>>());
+    let characters = prop::sample::select(
+        "Ã©â€™œ\u{9d}\u{80}\u{fffd}\u{1a} &#x;amlt<>ß\n\r\u{1b}[0mÐпŃ‚Äî√À\u{a0}'ſＡİΣé̈"
+            .chars()
+            .collect::<Vec<_>>(),
+    );
     prop::collection::vec(characters, 0..40).prop_map(|chars| chars.into_iter().collect())
 }
 
@@ -186,4 +228,5 @@ proptest! {
     }
 }
 
-static OTHER: LazyLock<instant_clip_tokenizer::Tokenizer> = LazyLock::new(instant_clip_tokenizer::Tokenizer::new);
+static OTHER: LazyLock<instant_clip_tokenizer::Tokenizer> =
+    LazyLock::new(instant_clip_tokenizer::Tokenizer::new);

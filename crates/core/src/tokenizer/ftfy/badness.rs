@@ -123,7 +123,11 @@ static LISTED_KINDS: LazyLock<HashMap<char, Kinds>> = LazyLock::new(|| {
     for (kind, characters) in LISTED {
         let mut rest = characters.chars().peekable();
         while let Some(from) = rest.next() {
-            let to = if rest.next_if_eq(&'-').is_some() { rest.next().unwrap_or(from) } else { from };
+            let to = if rest.next_if_eq(&'-').is_some() {
+                rest.next().unwrap_or(from)
+            } else {
+                from
+            };
             for c in from..=to {
                 *kinds_of.entry(c).or_default() |= kind;
             }
@@ -139,7 +143,10 @@ fn kinds_of(c: char) -> Kinds {
     add(ASCII_LOWER, c.is_ascii_lowercase());
     add(NOT_ASCII_LETTER, !c.is_ascii_alphabetic());
     add(WHITE, c.is_whitespace() || matches!(c, '\x1C'..='\x1F'));
-    add(WORD, c == '_' || (c.is_alphanumeric() && !unicode_normalization::char::is_combining_mark(c)));
+    add(
+        WORD,
+        c == '_' || (c.is_alphanumeric() && !unicode_normalization::char::is_combining_mark(c)),
+    );
     add(IN_LINE, c != '\n');
     kinds
 }
@@ -149,7 +156,9 @@ pub(super) fn is_bad(text: &str) -> bool {
     let characters: Vec<(char, Kinds)> = text.chars().map(|c| (c, kinds_of(c))).collect();
     let begins = |at: usize, sign: &[Place]| {
         characters.get(at..at + sign.len()).is_some_and(|window| {
-            let fits = |(&(c, kinds), place): (&(char, Kinds), &Place)| kinds & place.0 != 0 || place.1.contains(c);
+            let fits = |(&(c, kinds), place): (&(char, Kinds), &Place)| {
+                kinds & place.0 != 0 || place.1.contains(c)
+            };
             window.iter().zip(sign).all(fits)
         })
     };
@@ -163,14 +172,36 @@ mod tests {
 
     #[test]
     fn real_text_is_not_bad() {
-        for text in ["naïve café", "Ångström", "À la carte – 5 €", "œuvre", "Привет, мир", "Größe ½", "¿Qué? ¡Sí!", "Ã", "20 °C"] {
+        for text in [
+            "naïve café",
+            "Ångström",
+            "À la carte – 5 €",
+            "œuvre",
+            "Привет, мир",
+            "Größe ½",
+            "¿Qué? ¡Sí!",
+            "Ã",
+            "20 °C",
+        ] {
             assert!(!is_bad(text), "{text}");
         }
     }
 
     #[test]
     fn mojibake_is_bad() {
-        for text in ["cafÃ©", "donâ€™t", "Ã la mode", "Ð¿Ñ€Ð¸Ð²ÐµÑ‚", "it\u{92}s", "Â£5", "вЂњ", "β€™", "ā€™", "‚Äî", "à²•"] {
+        for text in [
+            "cafÃ©",
+            "donâ€™t",
+            "Ã la mode",
+            "Ð¿Ñ€Ð¸Ð²ÐµÑ‚",
+            "it\u{92}s",
+            "Â£5",
+            "вЂњ",
+            "β€™",
+            "ā€™",
+            "‚Äî",
+            "à²•",
+        ] {
             assert!(is_bad(text), "{text}");
         }
     }

@@ -22,7 +22,12 @@ pub(super) const LOST: u8 = 0x1A;
 impl Charset {
     fn new(upper: [char; 128], lossy: bool, spaces_may_be_a0: bool) -> Self {
         let bytes = upper.into_iter().zip(0x80..=0xFF).collect();
-        Self { upper, bytes, lossy, spaces_may_be_a0 }
+        Self {
+            upper,
+            bytes,
+            lossy,
+            spaces_may_be_a0,
+        }
     }
 
     /// `text` in this set, if it has all its characters.
@@ -75,15 +80,29 @@ pub(super) struct Utf8Clues {
 pub(super) static CLUES: LazyLock<Utf8Clues> = LazyLock::new(|| {
     let of_bytes = |bytes: &[u8]| -> HashSet<char> {
         let sets = &CHARSETS[..LIKE_LATIN_1];
-        sets.iter().flat_map(|set| bytes.iter().map(|&b| set.upper[usize::from(b) - 0x80])).collect()
+        sets.iter()
+            .flat_map(|set| bytes.iter().map(|&b| set.upper[usize::from(b) - 0x80]))
+            .collect()
     };
     let range = |from: u8, to: u8| (from..=to).collect::<Vec<_>>();
     let mut continuation = of_bytes(&range(0x80, 0xBF));
-    let strict_continuation = continuation.iter().copied().filter(|c| !"–—―‘’‚“”„•…".contains(*c)).collect();
+    let strict_continuation = continuation
+        .iter()
+        .copied()
+        .filter(|c| !"–—―‘’‚“”„•…".contains(*c))
+        .collect();
     continuation.insert(' ');
     // Of the sequences of four bytes only those of 0xF0 and 0xF3 have characters that are in use.
-    let first = [of_bytes(&range(0xC2, 0xDF)), of_bytes(&range(0xE0, 0xEF)), of_bytes(&[0xF0, 0xF3])];
-    Utf8Clues { first, continuation, strict_continuation }
+    let first = [
+        of_bytes(&range(0xC2, 0xDF)),
+        of_bytes(&range(0xE0, 0xEF)),
+        of_bytes(&[0xF0, 0xF3]),
+    ];
+    Utf8Clues {
+        first,
+        continuation,
+        strict_continuation,
+    }
 });
 
 /// The upper half of a set, written as a text of 128 characters, or of 96 where the C1 controls come first.
@@ -127,18 +146,34 @@ mod tests {
 
     #[test]
     fn tables_are_complete() {
-        for characters in [WINDOWS_1251, WINDOWS_1250, WINDOWS_1253, WINDOWS_1254, WINDOWS_1257, MACROMAN, CP437] {
+        for characters in [
+            WINDOWS_1251,
+            WINDOWS_1250,
+            WINDOWS_1253,
+            WINDOWS_1254,
+            WINDOWS_1257,
+            MACROMAN,
+            CP437,
+        ] {
             assert_eq!(characters.chars().count(), 128, "{characters}");
         }
         assert_eq!(ISO_8859_2.chars().count(), 96);
         for set in &*CHARSETS {
-            assert_eq!(set.bytes.len(), 128, "a character is there twice: {:?}", set.upper);
+            assert_eq!(
+                set.bytes.len(),
+                128,
+                "a character is there twice: {:?}",
+                set.upper
+            );
         }
     }
 
     #[test]
     fn encoding_gives_the_bytes_of_the_set() {
-        assert_eq!(CHARSETS[1].encode("é€\u{fffd}").as_deref(), Some(&[0xE9, 0x80, LOST][..]));
+        assert_eq!(
+            CHARSETS[1].encode("é€\u{fffd}").as_deref(),
+            Some(&[0xE9, 0x80, LOST][..])
+        );
         assert_eq!(CHARSETS[0].encode("€"), None);
         assert_eq!(CHARSETS[2].encode("Щ").as_deref(), Some(&[0xD9][..]));
         assert_eq!(CHARSETS[7].encode("Ž").as_deref(), Some(&[0xAE][..]));

@@ -21,7 +21,10 @@ const MOST_ROUNDS: usize = 64;
 
 /// Repairs `text` line by line.
 pub(super) fn fix_text(text: &str) -> String {
-    if text.bytes().all(|b| matches!(b, b' '..=b'~' | b'\t' | b'\n' | b'\x0C') && b != b'&') {
+    if text
+        .bytes()
+        .all(|b| matches!(b, b' '..=b'~' | b'\t' | b'\n' | b'\x0C') && b != b'&')
+    {
         return text.to_owned();
     }
     let mut out = String::with_capacity(text.len());
@@ -38,7 +41,10 @@ pub(super) fn fix_text(text: &str) -> String {
 fn segments(line: &str) -> impl Iterator<Item = &str> {
     let mut rest = line;
     std::iter::from_fn(move || {
-        let end = rest.char_indices().nth(LONGEST_SEGMENT).map_or(rest.len(), |(at, _)| at);
+        let end = rest
+            .char_indices()
+            .nth(LONGEST_SEGMENT)
+            .map_or(rest.len(), |(at, _)| at);
         let (segment, remaining) = rest.split_at(end);
         rest = remaining;
         (!segment.is_empty()).then_some(segment)
@@ -48,11 +54,17 @@ fn segments(line: &str) -> impl Iterator<Item = &str> {
 fn fix_segment(segment: &str, unescape: bool) -> String {
     let mut text = segment.to_owned();
     for _ in 0..MOST_ROUNDS {
-        let mut fixed = if unescape && !text.contains('<') { unescape_html(&text) } else { text.clone() };
+        let mut fixed = if unescape && !text.contains('<') {
+            unescape_html(&text)
+        } else {
+            text.clone()
+        };
         fixed = mojibake::fix_encoding(fixed);
         fixed = mojibake::fix_c1_controls(fixed);
         fixed = replace_characters(&fixed);
-        fixed = fixed.replace("\r\n", "\n").replace(['\r', '\u{2028}', '\u{2029}', '\u{85}'], "\n");
+        fixed = fixed
+            .replace("\r\n", "\n")
+            .replace(['\r', '\u{2028}', '\u{2029}', '\u{85}'], "\n");
         if fixed.contains('\x1b') {
             fixed = TERMINAL_ESCAPE.replace_all(&fixed, "").into_owned();
         }
@@ -109,7 +121,8 @@ fn resolve(reference: &str, numeric: bool) -> Option<String> {
     html::entity(name).or_else(|| {
         let is_capital = !name.bytes().any(|b| b.is_ascii_lowercase());
         let ambiguous = html::unescape(reference) != reference;
-        let lower = html::entity(&name.to_ascii_lowercase()).filter(|_| is_capital && !ambiguous)?;
+        let lower =
+            html::entity(&name.to_ascii_lowercase()).filter(|_| is_capital && !ambiguous)?;
         Some(lower.to_uppercase())
     })
 }
@@ -154,7 +167,11 @@ fn replace_characters(text: &str) -> String {
             }
         };
         // The quotation marks inside the replacements are straightened as well.
-        out.extend(letters.chars().map(|c| if c == '\u{2BC}' { '\'' } else { c }));
+        out.extend(
+            letters
+                .chars()
+                .map(|c| if c == '\u{2BC}' { '\'' } else { c }),
+        );
     }
     out
 }

@@ -23,7 +23,15 @@ pub(super) fn fix_c1_controls(text: String) -> String {
     if !text.contains(is_c1) {
         return text;
     }
-    text.chars().map(|c| if is_c1(c) { WINDOWS_1252[c as usize - 0x80] } else { c }).collect()
+    text.chars()
+        .map(|c| {
+            if is_c1(c) {
+                WINDOWS_1252[c as usize - 0x80]
+            } else {
+                c
+            }
+        })
+        .collect()
 }
 
 fn is_c1(c: char) -> bool {
@@ -34,8 +42,12 @@ fn fix_once(text: &str) -> Option<String> {
     if text.is_ascii() || !is_bad(text) {
         return None;
     }
-    let decoded = CHARSETS.iter().find_map(|set| decode(set.encode(text)?, set));
-    decoded.or_else(|| fix_embedded(text)).or_else(|| Some(fix_c1_controls(text.to_owned())))
+    let decoded = CHARSETS
+        .iter()
+        .find_map(|set| decode(set.encode(text)?, set));
+    decoded
+        .or_else(|| fix_embedded(text))
+        .or_else(|| Some(fix_c1_controls(text.to_owned())))
 }
 
 /// `bytes` as UTF-8, after repairs of what programs do to the bytes of mojibake.
@@ -56,9 +68,18 @@ fn decode_utf8_variants(bytes: &[u8]) -> Option<String> {
     let mut at = 0;
     while at < bytes.len() {
         let (c, used) = match bytes[at..] {
-            [0xED, a @ 0xA0..=0xAF, b @ 0x80..=0xBF, 0xED, c @ 0xB0..=0xBF, d @ 0x80..=0xBF, ..] => {
+            [
+                0xED,
+                a @ 0xA0..=0xAF,
+                b @ 0x80..=0xBF,
+                0xED,
+                c @ 0xB0..=0xBF,
+                d @ 0x80..=0xBF,
+                ..,
+            ] => {
                 let bits = |byte: u8, mask: u8, shift: u32| u32::from(byte & mask) << shift;
-                let value = bits(a, 0x0F, 16) + bits(b, 0x3F, 10) + bits(c, 0x0F, 6) + bits(d, 0x3F, 0);
+                let value =
+                    bits(a, 0x0F, 16) + bits(b, 0x3F, 10) + bits(c, 0x0F, 6) + bits(d, 0x3F, 0);
                 (char::from_u32(value + 0x1_0000)?, 6)
             }
             // The second: a peculiarity of ftfy at the end of a line.
@@ -83,8 +104,11 @@ fn fix_embedded(text: &str) -> Option<String> {
     let characters: Vec<char> = text.chars().collect();
     let sequence_at = |at: usize| {
         (2..=4).find(|&len| {
-            let Some([first, rest @ ..]) = characters.get(at..at + len) else { return false };
-            clues.first[len - 2].contains(first) && rest.iter().all(|c| clues.continuation.contains(c))
+            let Some([first, rest @ ..]) = characters.get(at..at + len) else {
+                return false;
+            };
+            clues.first[len - 2].contains(first)
+                && rest.iter().all(|c| clues.continuation.contains(c))
         })
     };
     let mut out = String::with_capacity(text.len());
@@ -105,7 +129,11 @@ fn fix_embedded(text: &str) -> Option<String> {
         let sequence: String = characters[at..end].iter().collect();
         // A sequence that is the whole text would be looked at for ever.
         let fixed = end - at < characters.len() && is_bad(&sequence);
-        out.push_str(&if fixed { fix_encoding(sequence) } else { sequence });
+        out.push_str(&if fixed {
+            fix_encoding(sequence)
+        } else {
+            sequence
+        });
         at = end;
     }
     (out != text).then_some(out)
@@ -159,10 +187,16 @@ const LOSSY: &[Sequence] = &[
 fn length_at(sequences: &[Sequence], bytes: &[u8], at: usize) -> Option<usize> {
     let fits = |sequence: &Sequence| {
         bytes.get(at..at + sequence.len()).is_some_and(|window| {
-            window.iter().zip(*sequence).all(|(byte, ranges)| ranges.iter().any(|range| range.contains(byte)))
+            window
+                .iter()
+                .zip(*sequence)
+                .all(|(byte, ranges)| ranges.iter().any(|range| range.contains(byte)))
         })
     };
-    sequences.iter().find(|sequence| fits(sequence)).map(|sequence| sequence.len())
+    sequences
+        .iter()
+        .find(|sequence| fits(sequence))
+        .map(|sequence| sequence.len())
 }
 
 /// `bytes` with every occurrence of one of `sequences` replaced.
@@ -201,5 +235,10 @@ fn restore_a0(bytes: &[u8]) -> Vec<u8> {
             words.push(0xA0);
         }
     }
-    replace(SPACED, &words, |found| found.iter().map(|&b| if b == b' ' { 0xA0 } else { b }).collect())
+    replace(SPACED, &words, |found| {
+        found
+            .iter()
+            .map(|&b| if b == b' ' { 0xA0 } else { b })
+            .collect()
+    })
 }

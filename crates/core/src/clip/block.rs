@@ -1,0 +1,172 @@
+//! The residual block that both transformers are made of, and how frozen tensors become layers.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Tensor};
+
+use crate::kernels::Stored;
+use crate::ops::{self, LayerNorm, Linear};
+use crate::{Activation, Error, Result};
+
+/// Hands out a checkpoint's tensors, each once, in the type in which they are to be kept.
+pub(crate) struct Weights {
+    path: PathBuf,
+    tensors: BTreeMap<String, Tensor>,
+    storage: DType,
+}
+
+impl Weights {
+    pub(crate) fn new(path: &Path, tensors: BTreeMap<String, Tensor>, storage: DType) -> Self {
+        Self {
+            path: path.to_path_buf(),
+            tensors,
+            storage,
+        }
+    }
+
+    /// Takes the tensor out, so that it is freed as soon as the layer holds its own copy.
+    pub(crate) fn take(&mut self, name: &str) -> Result<Tensor> {
+        let missing = || Error::MissingTensor {
+            path: self.path.clone(),
+            name: name.to_owned(),
+        };
+        self.tensors.remove(name).ok_or_else(missing)
+    }
+
+    fn expect(&self, name: &str, tensor: &Tensor, expected: &[usize]) -> Result<()> {
+        if tensor.dims() == expected {
+            return Ok(());
+        }
+        let what = format!("{}: tensor `{name}`", self.path.display());
+        Err(Error::Shape {
+            what,
+            found: tensor.dims().to_vec(),
+            expected: expected.to_vec(),
+        })
+    }
+
+    /// A small tensor (gain, bias, position table, scale) as f32.
+    pub(crate) fn values(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let tensor = self.take(name)?;
+        self.expect(name, &tensor, shape)?;
+        Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+    }
+
+    /// As [`Weights::values`], as a tensor.
+    pub(crate) fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = self.take(name)?;
+        self.expect(name, &tensor, shape)?;
+        Ok(tensor.to_dtype(DType::F32)?)
+    }
+
+    /// A matrix (or convolution) in the storage type.
+    pub(crate) fn stored(&mut self, name: &str, shape: &[usize]) -> Result<Stored> {
+        let tensor = self.take(name)?;
+        self.expect(name, &tensor, shape)?;
+        keep(&tensor, self.storage)
+    }
+
+    /// A matrix made of several tensors, in the storage type.
+    pub(crate) fn keep(&self, tensor: &Tensor) -> Result<Stored> {
+        keep(tensor, self.storage)
+    }
+
+    /// `name.weight (out, in)` and `name.bias`.
+    pub(crate) fn linear(&mut self, name: &str, (out, input): (usize, usize)) -> Result<Linear> {
+        let weight = self.stored(&format!("{name}.weight"), &[out, input])?;
+        let bias = self.values(&format!("{name}.bias"), &[out])?;
+        Ok(Linear::new(weight, Some(bias), (out, input)))
+    }
+
+    /// A projection that the checkpoint keeps as `(in, out)`, without bias.
+    pub(crate) fn projection(
+        &mut self,
+        name: &str,
+        (input, out): (usize, usize),
+    ) -> Result<Linear> {
+        let tensor = self.take(name)?;
+        self.expect(name, &tensor, &[input, out])?;
+        Ok(Linear::new(
+            keep(&tensor.t()?, self.storage)?,
+            None,
+            (out, input),
+        ))
+    }
+
+    /// `name.weight` and `name.bias` of a LayerNorm.
+    pub(crate) fn layer_norm(&mut self, name: &str, width: usize) -> Result<LayerNorm> {
+        let gain = self.values(&format!("{name}.weight"), &[width])?;
+        Ok(LayerNorm::new(
+            gain,
+            self.values(&format!("{name}.bias"), &[width])?,
+        ))
+    }
+}
+
+fn keep(tensor: &Tensor, storage: DType) -> Result<Stored> {
+    let flat = tensor.to_dtype(storage)?.flatten_all()?;
+    Ok(match storage {
+        DType::F16 => Stored::F16(flat.to_vec1()?),
+        DType::BF16 => Stored::Bf16(flat.to_vec1()?),
+        _ => Stored::F32(flat.to_vec1()?),
+    })
+}
+
+/// `x + attn(ln_1(x))`, then `x + mlp(ln_2(x))`.
+#[derive(Debug)]
+pub(crate) struct Block {
+    ln_1: LayerNorm,
+    in_proj: Linear,
+    out_proj: Linear,
+    ln_2: LayerNorm,
+    c_fc: Linear,
+    c_proj: Linear,
+    heads: usize,
+    activation: Activation,
+}
+
+impl Block {
+    pub(crate) fn load(
+        w: &mut Weights,
+        prefix: &str,
+        width: usize,
+        heads: usize,
+        activation: Activation,
+    ) -> Result<Self> {
+        let in_weight = w.stored(
+            &format!("{prefix}.attn.in_proj_weight"),
+            &[3 * width, width],
+        )?;
+        let in_bias = w.values(&format!("{prefix}.attn.in_proj_bias"), &[3 * width])?;
+        Ok(Self {
+            ln_1: w.layer_norm(&format!("{prefix}.ln_1"), width)?,
+            in_proj: Linear::new(in_weight, Some(in_bias), (3 * width, width)),
+            out_proj: w.linear(&format!("{prefix}.attn.out_proj"), (width, width))?,
+            ln_2: w.layer_norm(&format!("{prefix}.ln_2"), width)?,
+            c_fc: w.linear(&format!("{prefix}.mlp.c_fc"), (4 * width, width))?,
+            c_proj: w.linear(&format!("{prefix}.mlp.c_proj"), (width, 4 * width))?,
+            heads,
+            activation,
+        })
+    }
+
+    /// `(batch, tokens, width)` → the same.
+    pub(crate) fn forward(&self, x: &Tensor, causal: bool) -> Result<Tensor> {
+        let qkv = self.in_proj.forward(&self.ln_1.forward(x)?)?;
+        let x = (x + self
+            .out_proj
+            .forward(&ops::attention(&qkv, self.heads, causal)?)?)?;
+        drop(qkv);
+        let hidden = self.c_fc.forward(&self.ln_2.forward(&x)?)?;
+        let hidden = ops::activation(&hidden, self.activation)?;
+        Ok((&x + self.c_proj.forward(&hidden)?)?)
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        [&self.in_proj, &self.out_proj, &self.c_fc, &self.c_proj]
+            .iter()
+            .map(|l| l.bytes())
+            .sum()
+    }
+}

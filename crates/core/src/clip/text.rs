@@ -1,0 +1,158 @@
+//! The text tower: causal, frozen, reading declared prompts.
+
+use candle_core::{IndexOp, Tensor};
+
+use super::block::{Block, Weights};
+use crate::ops::{LayerNorm, Linear};
+use crate::prompt::Prompts;
+use crate::tokenizer::Tokenizer;
+use crate::{Arch, Error, Result, VOCAB_SIZE};
+
+/// What is seen on the way through a tower: called with a name (`embedded`, `block0`, ..., `ln_final`) and the hidden state.
+pub type Probe<'a> = &'a mut dyn FnMut(&str, &Tensor) -> Result<()>;
+
+/// CLIP's text tower.
+#[derive(Debug)]
+pub struct TextTower {
+    /// `(vocab, width)`, kept in the storage type.
+    token_embedding: Tensor,
+    /// `(context_length, width)`.
+    positions: Tensor,
+    blocks: Vec<Block>,
+    ln_final: LayerNorm,
+    projection: Linear,
+    width: usize,
+    context_length: usize,
+    vocab_size: usize,
+}
+
+impl TextTower {
+    pub(crate) fn load(w: &mut Weights, arch: &Arch, storage: candle_core::DType) -> Result<Self> {
+        let width = arch.text_width;
+        let token_embedding = w.take("token_embedding.weight")?;
+        if token_embedding.dims() != [arch.vocab_size, width] {
+            let (found, expected) = (
+                token_embedding.dims().to_vec(),
+                vec![arch.vocab_size, width],
+            );
+            return Err(Error::Shape {
+                what: "tensor `token_embedding.weight`".into(),
+                found,
+                expected,
+            });
+        }
+        let blocks = (0..arch.text_layers).map(|i| {
+            Block::load(
+                w,
+                &format!("transformer.resblocks.{i}"),
+                width,
+                arch.text_heads(),
+                arch.activation,
+            )
+        });
+        Ok(Self {
+            token_embedding: token_embedding.to_dtype(storage)?,
+            blocks: blocks.collect::<Result<_>>()?,
+            positions: w.tensor("positional_embedding", &[arch.context_length, width])?,
+            ln_final: w.layer_norm("ln_final", width)?,
+            projection: w.projection("text_projection", (width, arch.embed_dim))?,
+            width,
+            context_length: arch.context_length,
+            vocab_size: arch.vocab_size,
+        })
+    }
+
+    /// Width of a token: the last axis of every learned context.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Positions, start and end token included.
+    pub fn context_length(&self) -> usize {
+        self.context_length
+    }
+
+    /// The tokenizer that these weights were trained with.
+    ///
+    /// # Errors
+    /// [`Error::Vocabulary`] if the token embedding has another size than CLIP's vocabulary.
+    pub fn tokenizer(&self) -> Result<&'static Tokenizer> {
+        if self.vocab_size != VOCAB_SIZE {
+            return Err(Error::Vocabulary {
+                found: self.vocab_size,
+                expected: VOCAB_SIZE,
+            });
+        }
+        Ok(Tokenizer::get())
+    }
+
+    /// Token embeddings, `(ids.len(), width)`.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if an id is not in the vocabulary.
+    pub fn embed(&self, ids: &[u32]) -> Result<Tensor> {
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) {
+            return Err(Error::Data(format!(
+                "token {id} is not in the vocabulary of {}",
+                self.vocab_size
+            )));
+        }
+        let ids = Tensor::new(ids, self.token_embedding.device())?;
+        Ok(self
+            .token_embedding
+            .index_select(&ids, 0)?
+            .to_dtype(candle_core::DType::F32)?)
+    }
+
+    /// Raw features of the prompts, `(prompts.len(), embed_dim)`: the end token's row after `ln_final`, projected.
+    ///
+    /// Nothing after the longest prompt's end token is computed: the tower is causal, so it cannot matter.
+    ///
+    /// # Errors
+    /// [`Error::PromptTooLong`] if a prompt has more tokens than the tower has positions, [`Error::Shape`] if a learned
+    /// tensor is not as wide as the tower.
+    pub fn encode(&self, prompts: &Prompts) -> Result<Tensor> {
+        self.run(prompts, None)
+    }
+
+    /// As [`TextTower::encode`], showing every hidden state `(prompts, tokens, width)` to `probe`.
+    ///
+    /// # Errors
+    /// As [`TextTower::encode`], and those of `probe`.
+    pub fn encode_probed(&self, prompts: &Prompts, probe: Probe<'_>) -> Result<Tensor> {
+        self.run(prompts, Some(probe))
+    }
+
+    fn run(&self, prompts: &Prompts, mut probe: Option<Probe<'_>>) -> Result<Tensor> {
+        let mut show = |name: &str, x: &Tensor| match &mut probe {
+            Some(probe) => probe(name, x),
+            None => Ok(()),
+        };
+        let (embedded, ends) = prompts.embed(self)?;
+        let (n, tokens, width) = embedded.dims3()?;
+        let mut x = embedded.broadcast_add(&self.positions.i(..tokens)?)?;
+        show("embedded", &x)?;
+        for (i, block) in self.blocks.iter().enumerate() {
+            x = block.forward(&x, true)?;
+            show(&format!("block{i}"), &x)?;
+        }
+        if let Some(probe) = probe {
+            probe("ln_final", &self.ln_final.forward(&x)?)?;
+        }
+        let rows: Vec<u32> = ends
+            .iter()
+            .enumerate()
+            .map(|(i, end)| (i * tokens + end) as u32)
+            .collect();
+        let rows = Tensor::new(rows, x.device())?;
+        let x = x.reshape((n * tokens, width))?.index_select(&rows, 0)?;
+        self.projection.forward(&self.ln_final.forward(&x)?)
+    }
+
+    /// Bytes of frozen weights held.
+    pub fn bytes(&self) -> usize {
+        let embedding =
+            self.token_embedding.elem_count() * self.token_embedding.dtype().size_in_bytes();
+        embedding + self.projection.bytes() + self.blocks.iter().map(Block::bytes).sum::<usize>()
+    }
+}

@@ -1,0 +1,763 @@
+//! The numeric loops below the towers, on plain slices.
+//!
+//! Work is cut into blocks whose sizes depend on the matrices alone, never on the number of threads, and no sum is ever
+//! split between threads. So results are equal bit for bit whatever the thread count.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use gemm::Parallelism;
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use crate::Activation;
+
+/// Columns of a product that one task computes.
+const COLUMN_BLOCK: usize = 192;
+/// Rows that one task of a row-wise pass handles.
+const ROW_BLOCK: usize = 32;
+/// Filters of a convolution that one task computes.
+const FILTER_BLOCK: usize = 32;
+
+/// A frozen matrix or vector, in the type in which it is kept.
+#[derive(Clone, Debug)]
+pub(crate) enum Stored {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl Stored {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::F32(v) => v.len(),
+            Self::F16(v) => v.len(),
+            Self::Bf16(v) => v.len(),
+        }
+    }
+
+    /// Bytes held.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::F32(v) => 4 * v.len(),
+            Self::F16(v) => 2 * v.len(),
+            Self::Bf16(v) => 2 * v.len(),
+        }
+    }
+
+    /// Elements `range` as f32, appended to `out`.
+    pub(crate) fn widen_into(&self, range: Range<usize>, out: &mut Vec<f32>) {
+        match self {
+            Self::F32(v) => out.extend_from_slice(&v[range]),
+            Self::F16(v) => out.extend(v[range].iter().map(|x| x.to_f32())),
+            Self::Bf16(v) => out.extend(v[range].iter().map(|x| x.to_f32())),
+        }
+    }
+}
+
+/// A matrix inside a slice: element `(i, j)` is at `i·rows + j·cols`.
+#[derive(Clone, Copy)]
+pub(crate) struct Mat<'a> {
+    pub(crate) data: &'a [f32],
+    pub(crate) row_stride: usize,
+    pub(crate) col_stride: usize,
+}
+
+impl<'a> Mat<'a> {
+    /// Rows one after the other, `width` apart.
+    pub(crate) fn rows(data: &'a [f32], width: usize) -> Self {
+        Self {
+            data,
+            row_stride: width,
+            col_stride: 1,
+        }
+    }
+
+    /// The transpose of [`Mat::rows`].
+    pub(crate) fn columns(data: &'a [f32], width: usize) -> Self {
+        Self {
+            data,
+            row_stride: 1,
+            col_stride: width,
+        }
+    }
+
+    fn fits(&self, rows: usize, cols: usize) -> bool {
+        rows == 0
+            || cols == 0
+            || (rows - 1) * self.row_stride + (cols - 1) * self.col_stride < self.data.len()
+    }
+}
+
+/// `out = beta·out + alpha·a·b` on one thread; `out` has `m` rows, `out_width` apart.
+#[allow(clippy::too_many_arguments)] // the argument list of every GEMM
+pub(crate) fn gemm(
+    m: usize,
+    n: usize,
+    k: usize,
+    alpha: f32,
+    a: Mat<'_>,
+    b: Mat<'_>,
+    beta: f32,
+    out: &mut [f32],
+    out_width: usize,
+) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!(
+        a.fits(m, k) && b.fits(k, n) && (m - 1) * out_width + n <= out.len(),
+        "matrix sizes"
+    );
+    // SAFETY: the assertion above keeps every element that is read or written inside its slice, and `out` is borrowed
+    // mutably, so it overlaps neither operand.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out.as_mut_ptr(),
+            1,
+            out_width as isize,
+            beta != 0.0,
+            a.data.as_ptr(),
+            a.col_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.col_stride as isize,
+            b.row_stride as isize,
+            beta,
+            alpha,
+            false,
+            false,
+            false,
+            Parallelism::None,
+        );
+    }
+}
+
+/// A pointer that tasks share; each writes its own columns.
+#[derive(Clone, Copy)]
+struct Shared(*mut f32);
+// SAFETY: only `by_columns` makes one, and its tasks write disjoint columns.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    fn at(self, offset: usize) -> *mut f32 {
+        self.0.wrapping_add(offset)
+    }
+}
+
+/// A block of a frozen matrix as f32: borrowed where it is kept so, widened otherwise.
+struct Block<'a> {
+    data: Cow<'a, [f32]>,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+/// `out (m, n) = x (m, k) · B (+ bias)`; `block(columns)` gives those columns of B as a `(k, columns.len())` matrix.
+fn by_columns<'w>(
+    x: &[f32],
+    (m, k, n): (usize, usize, usize),
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+    block: impl Fn(Range<usize>) -> Block<'w> + Sync,
+) {
+    assert!(
+        x.len() >= m * k && out.len() == m * n && bias.is_none_or(|b| b.len() == n),
+        "matrix sizes"
+    );
+    if m == 0 {
+        return;
+    }
+    let shared = Shared(out.as_mut_ptr());
+    (0..n.div_ceil(COLUMN_BLOCK)).into_par_iter().for_each(|i| {
+        let columns = i * COLUMN_BLOCK..((i + 1) * COLUMN_BLOCK).min(n);
+        let width = columns.len();
+        let b = block(columns.clone());
+        let b = Mat {
+            data: &b.data,
+            row_stride: b.row_stride,
+            col_stride: b.col_stride,
+        };
+        assert!(b.fits(k, width), "matrix sizes");
+        if let Some(bias) = bias {
+            for row in 0..m {
+                // SAFETY: row `row < m`, columns below `n`, of `m·n` outputs; no other task touches these columns.
+                let cells = unsafe {
+                    std::slice::from_raw_parts_mut(shared.at(row * n + columns.start), width)
+                };
+                cells.copy_from_slice(&bias[columns.clone()]);
+            }
+        }
+        // SAFETY: reads stay inside `x` (m·k) and `b` (checked above); writes go to this task's columns of `out` alone.
+        unsafe {
+            gemm::gemm(
+                m,
+                width,
+                k,
+                shared.at(columns.start),
+                1,
+                n as isize,
+                bias.is_some(),
+                x.as_ptr(),
+                1,
+                k as isize,
+                b.data.as_ptr(),
+                b.col_stride as isize,
+                b.row_stride as isize,
+                1.0,
+                1.0,
+                false,
+                false,
+                false,
+                Parallelism::None,
+            );
+        }
+    });
+}
+
+/// `out (m, n) = x (m, k) · wᵀ + bias` for a frozen `w (n, k)`.
+pub(crate) fn linear(
+    x: &[f32],
+    m: usize,
+    w: &Stored,
+    (n, k): (usize, usize),
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+) {
+    by_columns(x, (m, k, n), bias, out, |columns| {
+        let rows = columns.start * k..columns.end * k;
+        let data = match w {
+            Stored::F32(w) => Cow::Borrowed(&w[rows]),
+            _ => {
+                let mut wide = Vec::with_capacity(rows.len());
+                w.widen_into(rows, &mut wide);
+                Cow::Owned(wide)
+            }
+        };
+        Block {
+            data,
+            row_stride: 1,
+            col_stride: k,
+        }
+    });
+}
+
+/// The gradient of [`linear`] with respect to its input: `dx (m, k) = dy (m, n) · w`.
+pub(crate) fn linear_backward(
+    dy: &[f32],
+    m: usize,
+    w: &Stored,
+    (n, k): (usize, usize),
+    dx: &mut [f32],
+) {
+    by_columns(dy, (m, n, k), None, dx, |columns| match w {
+        Stored::F32(w) => Block {
+            data: Cow::Borrowed(&w[columns.start..]),
+            row_stride: k,
+            col_stride: 1,
+        },
+        _ => {
+            let mut wide = Vec::with_capacity(n * columns.len());
+            for row in 0..n {
+                w.widen_into(row * k + columns.start..row * k + columns.end, &mut wide);
+            }
+            Block {
+                data: Cow::Owned(wide),
+                row_stride: columns.len(),
+                col_stride: 1,
+            }
+        }
+    });
+}
+
+/// Mean and reciprocal standard deviation of a row.
+fn moments(row: &[f32], eps: f32) -> (f32, f32) {
+    let n = row.len() as f32;
+    let mean = row.iter().sum::<f32>() / n;
+    let variance = row.iter().map(|x| (x - mean) * (x - mean)).sum::<f32>() / n;
+    (mean, 1.0 / (variance + eps).sqrt())
+}
+
+/// LayerNorm of each row of `x`, with frozen gain and bias.
+pub(crate) fn layer_norm(x: &[f32], gain: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+    let width = gain.len();
+    let rows = ROW_BLOCK * width;
+    out.par_chunks_mut(rows)
+        .zip(x.par_chunks(rows))
+        .for_each(|(out, x)| {
+            for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+                let (mean, rstd) = moments(x, eps);
+                for (((out, x), gain), bias) in out.iter_mut().zip(x).zip(gain).zip(bias) {
+                    *out = (x - mean) * rstd * gain + bias;
+                }
+            }
+        });
+}
+
+/// The gradient of [`layer_norm`] with respect to `x`.
+pub(crate) fn layer_norm_backward(x: &[f32], gain: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]) {
+    let width = gain.len();
+    let rows = ROW_BLOCK * width;
+    dx.par_chunks_mut(rows)
+        .zip(x.par_chunks(rows))
+        .zip(dy.par_chunks(rows))
+        .for_each(|((dx, x), dy)| {
+            for ((dx, x), dy) in dx
+                .chunks_exact_mut(width)
+                .zip(x.chunks_exact(width))
+                .zip(dy.chunks_exact(width))
+            {
+                let (mean, rstd) = moments(x, eps);
+                let (mut sum, mut dot) = (0.0f32, 0.0f32);
+                for ((x, dy), gain) in x.iter().zip(dy).zip(gain) {
+                    let g = dy * gain;
+                    sum += g;
+                    dot += g * (x - mean) * rstd;
+                }
+                let (sum, dot) = (sum / width as f32, dot / width as f32);
+                for (((dx, x), dy), gain) in dx.iter_mut().zip(x).zip(dy).zip(gain) {
+                    *dx = rstd * (dy * gain - sum - (x - mean) * rstd * dot);
+                }
+            }
+        });
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+const QUICK: f32 = 1.702;
+
+/// The MLP's nonlinearity, element by element.
+pub(crate) fn activate(kind: Activation, x: &[f32], out: &mut [f32]) {
+    let f = |x: f32| match kind {
+        Activation::QuickGelu => x * sigmoid(QUICK * x),
+        Activation::Gelu => 0.5 * x * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2)),
+    };
+    out.par_chunks_mut(4096)
+        .zip(x.par_chunks(4096))
+        .for_each(|(out, x)| {
+            for (out, x) in out.iter_mut().zip(x) {
+                *out = f(*x);
+            }
+        });
+}
+
+/// The gradient of [`activate`].
+pub(crate) fn activate_backward(kind: Activation, x: &[f32], dy: &[f32], dx: &mut [f32]) {
+    let derivative = |x: f32| match kind {
+        Activation::QuickGelu => {
+            let s = sigmoid(QUICK * x);
+            s * (1.0 + QUICK * x * (1.0 - s))
+        }
+        Activation::Gelu => {
+            let density = (-0.5 * x * x).exp() / (2.0 * std::f32::consts::PI).sqrt();
+            0.5 * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2)) + x * density
+        }
+    };
+    dx.par_chunks_mut(4096)
+        .zip(x.par_chunks(4096))
+        .zip(dy.par_chunks(4096))
+        .for_each(|((dx, x), dy)| {
+            for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
+                *dx = dy * derivative(*x);
+            }
+        });
+}
+
+/// Softmax of a row in place; entries of minus infinity become zero.
+fn softmax_row(row: &mut [f32]) {
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut sum = 0.0;
+    for x in row.iter_mut() {
+        *x = (*x - max).exp();
+        sum += *x;
+    }
+    let scale = 1.0 / sum;
+    row.iter_mut().for_each(|x| *x *= scale);
+}
+
+/// Sizes of a self-attention over packed queries, keys and values.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AttentionSizes {
+    /// Sequences.
+    pub(crate) batch: usize,
+    /// Tokens of each.
+    pub(crate) tokens: usize,
+    /// Heads; the width is `64·heads` in every CLIP tower.
+    pub(crate) heads: usize,
+    /// Width of a head.
+    pub(crate) head_width: usize,
+    /// Whether a token sees only itself and what stands before it.
+    pub(crate) causal: bool,
+}
+
+impl AttentionSizes {
+    fn width(&self) -> usize {
+        self.heads * self.head_width
+    }
+
+    /// `softmax(q·kᵀ/√d)` of one head, `(tokens, tokens)`.
+    fn probabilities(&self, qkv: &[f32], head: usize, p: &mut [f32]) {
+        let (t, d, w) = (self.tokens, self.head_width, self.width());
+        let q = Mat::rows(&qkv[head * d..], 3 * w);
+        let k = Mat::columns(&qkv[w + head * d..], 3 * w);
+        gemm(t, t, d, 1.0 / (d as f32).sqrt(), q, k, 0.0, p, t);
+        for (i, row) in p.chunks_exact_mut(t).enumerate() {
+            let visible = if self.causal { i + 1 } else { t };
+            row[visible..].fill(0.0);
+            softmax_row(&mut row[..visible]);
+        }
+    }
+}
+
+/// Self-attention of each sequence: `qkv (batch, tokens, 3·width)` → `out (batch, tokens, width)`.
+pub(crate) fn attention(qkv: &[f32], s: AttentionSizes, out: &mut [f32]) {
+    let (t, d, w) = (s.tokens, s.head_width, s.width());
+    if t * w == 0 {
+        return;
+    }
+    out.par_chunks_mut(t * w)
+        .zip(qkv.par_chunks(t * 3 * w))
+        .for_each(|(out, qkv)| {
+            let mut p = vec![0.0; t * t];
+            for head in 0..s.heads {
+                s.probabilities(qkv, head, &mut p);
+                let v = Mat::rows(&qkv[2 * w + head * d..], 3 * w);
+                gemm(
+                    t,
+                    d,
+                    t,
+                    1.0,
+                    Mat::rows(&p, t),
+                    v,
+                    0.0,
+                    &mut out[head * d..],
+                    w,
+                );
+            }
+        });
+}
+
+/// The gradient of [`attention`] with respect to `qkv`; the probabilities are computed again rather than kept.
+pub(crate) fn attention_backward(qkv: &[f32], s: AttentionSizes, dy: &[f32], dqkv: &mut [f32]) {
+    let (t, d, w) = (s.tokens, s.head_width, s.width());
+    if t * w == 0 {
+        return;
+    }
+    let scale = 1.0 / (d as f32).sqrt();
+    dqkv.par_chunks_mut(t * 3 * w)
+        .zip(qkv.par_chunks(t * 3 * w))
+        .zip(dy.par_chunks(t * w))
+        .for_each(|((dqkv, qkv), dy)| {
+            let (mut p, mut ds) = (vec![0.0; t * t], vec![0.0; t * t]);
+            for head in 0..s.heads {
+                s.probabilities(qkv, head, &mut p);
+                let (q, k, v) = (head * d, w + head * d, 2 * w + head * d);
+                let dy = Mat::rows(&dy[head * d..], w);
+                gemm(
+                    t,
+                    d,
+                    t,
+                    1.0,
+                    Mat::columns(&p, t),
+                    dy,
+                    0.0,
+                    &mut dqkv[v..],
+                    3 * w,
+                );
+                gemm(
+                    t,
+                    t,
+                    d,
+                    1.0,
+                    dy,
+                    Mat::columns(&qkv[v..], 3 * w),
+                    0.0,
+                    &mut ds,
+                    t,
+                );
+                for (ds, p) in ds.chunks_exact_mut(t).zip(p.chunks_exact(t)) {
+                    let dot: f32 = ds.iter().zip(p).map(|(a, b)| a * b).sum();
+                    ds.iter_mut()
+                        .zip(p)
+                        .for_each(|(ds, p)| *ds = p * (*ds - dot));
+                }
+                gemm(
+                    t,
+                    d,
+                    t,
+                    scale,
+                    Mat::rows(&ds, t),
+                    Mat::rows(&qkv[k..], 3 * w),
+                    0.0,
+                    &mut dqkv[q..],
+                    3 * w,
+                );
+                gemm(
+                    t,
+                    d,
+                    t,
+                    scale,
+                    Mat::columns(&ds, t),
+                    Mat::rows(&qkv[q..], 3 * w),
+                    0.0,
+                    &mut dqkv[k..],
+                    3 * w,
+                );
+            }
+        });
+}
+
+/// A convolution's sizes; padding is the same on all sides.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ConvSizes {
+    /// Channels of the input.
+    pub(crate) channels: usize,
+    /// Height and width of the input.
+    pub(crate) side: (usize, usize),
+    /// Channels of the output.
+    pub(crate) filters: usize,
+    /// Side of the kernel.
+    pub(crate) kernel: usize,
+    /// Step between outputs.
+    pub(crate) stride: usize,
+    /// Zeros around the input.
+    pub(crate) padding: usize,
+}
+
+impl ConvSizes {
+    /// Height and width of the output.
+    pub(crate) fn out_side(&self) -> (usize, usize) {
+        let out = |n: usize| (n + 2 * self.padding - self.kernel) / self.stride + 1;
+        (out(self.side.0), out(self.side.1))
+    }
+
+    /// The input's patches as columns, `(channels·kernel², out_h·out_w)`.
+    fn patches(&self, image: &[f32], columns: &mut [f32]) {
+        let (h, w) = self.side;
+        let (oh, ow) = self.out_side();
+        for (row, out) in columns.chunks_exact_mut(oh * ow).enumerate() {
+            let (c, ky, kx) = (
+                row / (self.kernel * self.kernel),
+                row / self.kernel % self.kernel,
+                row % self.kernel,
+            );
+            let plane = &image[c * h * w..(c + 1) * h * w];
+            for (oy, out) in out.chunks_exact_mut(ow).enumerate() {
+                let y = (oy * self.stride + ky).wrapping_sub(self.padding);
+                if y >= h {
+                    out.fill(0.0);
+                    continue;
+                }
+                let line = &plane[y * w..(y + 1) * w];
+                for (ox, out) in out.iter_mut().enumerate() {
+                    let x = (ox * self.stride + kx).wrapping_sub(self.padding);
+                    *out = line.get(x).copied().unwrap_or(0.0);
+                }
+            }
+        }
+    }
+}
+
+/// Convolution, then `scale·y + shift` of each channel and, if asked, ReLU: a frozen convolution with its BatchNorm.
+///
+/// `x (batch, channels, h, w)` → `out (batch, filters, out_h, out_w)`; `weight (filters, channels·kernel²)`.
+pub(crate) fn conv(
+    x: &[f32],
+    s: ConvSizes,
+    weight: &Stored,
+    scale: &[f32],
+    shift: &[f32],
+    relu: bool,
+    out: &mut [f32],
+) {
+    let (oh, ow) = s.out_side();
+    let (k, n) = (s.channels * s.kernel * s.kernel, oh * ow);
+    assert!(
+        weight.len() == s.filters * k && scale.len() == s.filters && shift.len() == s.filters,
+        "matrix sizes"
+    );
+    let mut wide = Vec::new();
+    let weight = match weight {
+        Stored::F32(w) => w.as_slice(),
+        _ => {
+            weight.widen_into(0..weight.len(), &mut wide);
+            wide.as_slice()
+        }
+    };
+    let image = s.channels * s.side.0 * s.side.1;
+    out.par_chunks_mut(s.filters * n)
+        .zip(x.par_chunks(image))
+        .for_each(|(out, x)| {
+            let mut columns = Vec::new();
+            let columns = if s.kernel == 1 && s.stride == 1 && s.padding == 0 {
+                x
+            } else {
+                columns.resize(k * n, 0.0);
+                s.patches(x, &mut columns);
+                &columns
+            };
+            // Filters in fixed blocks, so that one image alone can use every core.
+            out.par_chunks_mut(FILTER_BLOCK * n)
+                .enumerate()
+                .for_each(|(i, out)| {
+                    let first = i * FILTER_BLOCK;
+                    let filters = out.len() / n;
+                    let w = Mat::rows(&weight[first * k..(first + filters) * k], k);
+                    gemm(filters, n, k, 1.0, w, Mat::rows(columns, n), 0.0, out, n);
+                    for ((out, scale), shift) in out
+                        .chunks_exact_mut(n)
+                        .zip(&scale[first..])
+                        .zip(&shift[first..])
+                    {
+                        for y in out {
+                            *y = *y * scale + shift;
+                            if relu {
+                                *y = y.max(0.0);
+                            }
+                        }
+                    }
+                });
+        });
+}
+
+/// Mean over squares of `factor` pixels, stepping by the same.
+pub(crate) fn average_pool(x: &[f32], side: (usize, usize), factor: usize, out: &mut [f32]) {
+    let (h, w) = side;
+    let (oh, ow) = (h / factor, w / factor);
+    let norm = 1.0 / (factor * factor) as f32;
+    out.par_chunks_mut(oh * ow)
+        .zip(x.par_chunks(h * w))
+        .for_each(|(out, x)| {
+            for (i, out) in out.iter_mut().enumerate() {
+                let (oy, ox) = (i / ow * factor, i % ow * factor);
+                let sum: f32 = (0..factor)
+                    .map(|y| x[(oy + y) * w + ox..][..factor].iter().sum::<f32>())
+                    .sum();
+                *out = sum * norm;
+            }
+        });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn numbers(n: usize, seed: u64) -> Vec<f32> {
+        let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        (0..n)
+            .map(|_| {
+                x ^= x << 13;
+                x ^= x >> 7;
+                x ^= x << 17;
+                (x >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+            })
+            .collect()
+    }
+
+    fn naive(
+        m: usize,
+        n: usize,
+        k: usize,
+        a: impl Fn(usize, usize) -> f32,
+        b: impl Fn(usize, usize) -> f32,
+    ) -> Vec<f32> {
+        (0..m * n)
+            .map(|i| {
+                (0..k)
+                    .map(|j| a(i / n, j) as f64 * b(j, i % n) as f64)
+                    .sum::<f64>() as f32
+            })
+            .collect()
+    }
+
+    fn close(a: &[f32], b: &[f32], tolerance: f32) -> bool {
+        a.len() == b.len()
+            && a.iter()
+                .zip(b)
+                .all(|(a, b)| (a - b).abs() <= tolerance * (1.0 + b.abs()))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn linear_equals_the_plain_sum(m in 0usize..9, n in 1usize..400, k in 1usize..40, seed in any::<u64>()) {
+            let (x, w, bias) = (numbers(m * k, seed), numbers(n * k, seed ^ 1), numbers(n, seed ^ 2));
+            let mut out = vec![f32::NAN; m * n];
+            linear(&x, m, &Stored::F32(w.clone()), (n, k), Some(&bias), &mut out);
+            let mut expected = naive(m, n, k, |i, j| x[i * k + j], |j, i| w[i * k + j]);
+            expected.iter_mut().enumerate().for_each(|(i, e)| *e += bias[i % n]);
+            prop_assert!(close(&out, &expected, 1e-5));
+
+            let mut dx = vec![f32::NAN; m * k];
+            linear_backward(&expected, m, &Stored::F32(w.clone()), (n, k), &mut dx);
+            prop_assert!(close(&dx, &naive(m, k, n, |i, j| expected[i * n + j], |j, i| w[j * k + i]), 1e-4));
+        }
+
+        #[test]
+        fn half_storage_only_rounds_the_weights(m in 1usize..5, n in 1usize..300, k in 1usize..30, seed in any::<u64>()) {
+            let x = numbers(m * k, seed);
+            let w: Vec<f16> = numbers(n * k, seed ^ 1).into_iter().map(f16::from_f32).collect();
+            let wide = Stored::F32(w.iter().map(|x| x.to_f32()).collect());
+            let (mut a, mut b) = (vec![0.0; m * n], vec![0.0; m * n]);
+            linear(&x, m, &Stored::F16(w.clone()), (n, k), None, &mut a);
+            linear(&x, m, &wide, (n, k), None, &mut b);
+            prop_assert_eq!(&a, &b);
+            let (mut da, mut db) = (vec![0.0; m * k], vec![0.0; m * k]);
+            linear_backward(&a, m, &Stored::F16(w), (n, k), &mut da);
+            linear_backward(&a, m, &wide, (n, k), &mut db);
+            prop_assert_eq!(&da, &db);
+        }
+
+        #[test]
+        fn convolution_equals_the_plain_sum(
+            channels in 1usize..4, h in 3usize..9, w in 3usize..9, filters in 1usize..40,
+            kernel in prop::sample::select(vec![1usize, 3]), stride in 1usize..3, seed in any::<u64>(),
+        ) {
+            let s = ConvSizes { channels, side: (h, w), filters, kernel, stride, padding: kernel / 2 };
+            let (oh, ow) = s.out_side();
+            let x = numbers(2 * channels * h * w, seed);
+            let weight = numbers(filters * channels * kernel * kernel, seed ^ 1);
+            let (scale, shift) = (numbers(filters, seed ^ 2), numbers(filters, seed ^ 3));
+            let mut out = vec![f32::NAN; 2 * filters * oh * ow];
+            conv(&x, s, &Stored::F32(weight.clone()), &scale, &shift, true, &mut out);
+            for (i, &y) in out.iter().enumerate() {
+                let (b, f, oy, ox) = (i / (filters * oh * ow), i / (oh * ow) % filters, i / ow % oh, i % ow);
+                let mut sum = 0.0f64;
+                for c in 0..channels {
+                    for ky in 0..kernel {
+                        for kx in 0..kernel {
+                            let (y, x_) = ((oy * stride + ky) as i64 - s.padding as i64, (ox * stride + kx) as i64 - s.padding as i64);
+                            if (0..h as i64).contains(&y) && (0..w as i64).contains(&x_) {
+                                sum += x[((b * channels + c) * h + y as usize) * w + x_ as usize] as f64
+                                    * weight[((f * channels + c) * kernel + ky) * kernel + kx] as f64;
+                            }
+                        }
+                    }
+                }
+                let expected = (sum as f32 * scale[f] + shift[f]).max(0.0);
+                prop_assert!((y - expected).abs() < 1e-4, "{y} {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn extreme_activations_stay_finite() {
+        let x = [-1e30f32, -200.0, 0.0, 200.0, 1e30];
+        for kind in [Activation::QuickGelu, Activation::Gelu] {
+            let mut y = [0.0; 5];
+            activate(kind, &x, &mut y);
+            assert_eq!(y, [0.0, 0.0, 0.0, 200.0, 1e30]);
+            let mut d = [0.0; 5];
+            activate_backward(kind, &x, &[1.0; 5], &mut d);
+            assert_eq!(d, [0.0, 0.0, 0.5, 1.0, 1.0]);
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! What a method is: something that fits a predictor to data, and the entry under which it is found.
+
+use candle_core::Tensor;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::checkpoint::TorchState;
+use crate::prompt_file::PromptFile;
+use crate::task::{ImageBatch, ImageNeeds, Labelled};
+use crate::train::History;
+use crate::{Classes, Clip, Error, Result, Run};
+
+/// A transfer method: its settings, the defaults being the paper's.
+pub trait Method {
+    /// What it learns from: [`Labelled`], later others.
+    type Data: ?Sized;
+    /// What it leaves behind.
+    type Fitted: Predictor;
+
+    /// Learns from `data`. Training-free methods compute here what they need; test-time methods do nothing.
+    ///
+    /// # Errors
+    /// Bad settings and bad data are found before any work.
+    fn fit(&self, clip: &Clip, data: &Self::Data, run: &mut Run) -> Result<Self::Fitted>;
+}
+
+/// What a fit leaves behind: a few learned tensors and the rule for using them.
+pub trait Predictor: std::fmt::Debug {
+    /// What it reads of an image.
+    fn needs(&self) -> ImageNeeds;
+
+    /// Does all work that depends on the classes but not on the images, once.
+    ///
+    /// # Errors
+    /// [`Error::Prompt`] if the predictor cannot serve these classes, [`Error::PromptTooLong`].
+    fn classifier<'a>(
+        &'a self,
+        clip: &'a Clip,
+        classes: &Classes,
+    ) -> Result<Box<dyn Classifier + 'a>>;
+
+    /// The learned tensors under the authors' keys.
+    ///
+    /// # Errors
+    /// Whatever the tensor library refuses.
+    fn tensors(&self) -> Result<Vec<(String, Tensor)>>;
+
+    /// How the training went, if there was one since the predictor was made.
+    fn training(&self) -> Option<&History> {
+        None
+    }
+}
+
+/// A predictor made ready for a list of classes.
+pub trait Classifier {
+    /// `(batch, n_cls)`.
+    ///
+    /// # Errors
+    /// If the images are not in the form that [`Predictor::needs`] asks for.
+    fn logits(&self, images: &ImageBatch) -> Result<Tensor>;
+}
+
+/// A classifier that compares image features with one fixed feature per class.
+#[derive(Debug)]
+pub struct TextClassifier<'a> {
+    clip: &'a Clip,
+    text_features: Tensor,
+}
+
+impl<'a> TextClassifier<'a> {
+    /// `text_features` `(n_cls, embed_dim)`, of unit length.
+    pub fn new(clip: &'a Clip, text_features: Tensor) -> Self {
+        Self {
+            clip,
+            text_features,
+        }
+    }
+}
+
+impl Classifier for TextClassifier<'_> {
+    fn logits(&self, images: &ImageBatch) -> Result<Tensor> {
+        self.clip
+            .unit_logits(images.features()?, &self.text_features)
+    }
+}
+
+/// The data of a fit, for callers that know the method only by name.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub enum Task<'a> {
+    /// Labelled images, few or many.
+    Labelled(&'a Labelled),
+}
+
+/// Data types that a [`Task`] may hold.
+pub trait FromTask {
+    /// # Errors
+    /// [`Error::Data`] if the task is of another kind.
+    fn from_task<'a>(task: Task<'a>) -> Result<&'a Self>;
+}
+
+impl FromTask for Labelled {
+    fn from_task<'a>(task: Task<'a>) -> Result<&'a Self> {
+        match task {
+            Task::Labelled(data) => Ok(data),
+        }
+    }
+}
+
+/// A configured method whose types are hidden.
+pub trait AnyMethod {
+    /// All settings, defaults included.
+    fn config(&self) -> Value;
+
+    /// As [`Method::fit`].
+    ///
+    /// # Errors
+    /// As [`Method::fit`].
+    fn fit(&self, clip: &Clip, data: Task<'_>, run: &mut Run) -> Result<Box<dyn Predictor>>;
+}
+
+impl<M> AnyMethod for M
+where
+    M: Method + Serialize,
+    M::Data: FromTask,
+    M::Fitted: 'static,
+{
+    fn config(&self) -> Value {
+        serde_json::to_value(self).unwrap_or(Value::Null)
+    }
+
+    fn fit(&self, clip: &Clip, data: Task<'_>, run: &mut Run) -> Result<Box<dyn Predictor>> {
+        Ok(Box::new(Method::fit(
+            self,
+            clip,
+            M::Data::from_task(data)?,
+            run,
+        )?))
+    }
+}
+
+/// Where a method was published.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Paper {
+    /// Title.
+    pub title: &'static str,
+    /// Authors.
+    pub authors: &'static str,
+    /// Venue and year.
+    pub venue: &'static str,
+    /// arXiv number.
+    pub arxiv: &'static str,
+    /// The authors' repository and the commit that was read.
+    pub code: &'static str,
+}
+
+/// A method's entry in the registry: all that the command line and the tools know of it.
+#[derive(Clone, Copy)]
+pub struct Entry {
+    /// Its name on the command line and in files.
+    pub slug: &'static str,
+    /// Its name in the literature.
+    pub name: &'static str,
+    /// The family's crate, without the prefix.
+    pub family: &'static str,
+    /// Where it was published.
+    pub paper: Paper,
+    /// What it does, in a sentence or two.
+    pub summary: &'static str,
+    /// What is learned.
+    pub learns: &'static str,
+    /// What a step costs.
+    pub cost: &'static str,
+    /// What it reads of an image.
+    pub needs: ImageNeeds,
+    /// The settings' defaults.
+    pub defaults: fn() -> Value,
+    /// A method from settings; missing keys take their defaults, unknown ones are errors.
+    pub configure: fn(&Value) -> Result<Box<dyn AnyMethod>>,
+    /// A predictor from a prompt file.
+    pub load: fn(&PromptFile, &Clip) -> Result<Box<dyn Predictor>>,
+    /// A prompt file's content from a checkpoint of the authors' code, where that is possible.
+    pub import: Option<Import>,
+}
+
+/// Reads a checkpoint of the authors' code by settings that say what it does not.
+pub type Import = fn(&TorchState, &Value, &Clip, &Classes) -> Result<Imported>;
+
+/// A predictor from a checkpoint of the authors' code.
+#[derive(Debug)]
+pub struct Imported {
+    /// All settings, those included that the checkpoint's shapes decide.
+    pub config: Value,
+    /// The predictor.
+    pub predictor: Box<dyn Predictor>,
+}
+
+impl std::fmt::Debug for Entry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Entry")
+            .field("slug", &self.slug)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Reads a method's settings, naming what does not fit.
+///
+/// # Errors
+/// [`Error::Config`] with the key and what was expected.
+pub fn read_config<C: DeserializeOwned>(slug: &str, settings: &Value) -> Result<C> {
+    C::deserialize(settings)
+        .map_err(|e| Error::config("settings", format_args!("of {slug}"), e.to_string()))
+}
+
+/// Default settings as a value.
+pub fn defaults_of<C: Default + Serialize>() -> Value {
+    serde_json::to_value(C::default()).unwrap_or(Value::Null)
+}
+
+/// What is known of the weights a prompt was trained on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClipId {
+    /// Published name, or a description.
+    pub name: String,
+    /// [`Clip::weights_hash`].
+    pub weights_hash: String,
+    /// Width of the text tower.
+    pub text_width: usize,
+    /// Width of the joint feature space.
+    pub embed_dim: usize,
+}
+
+impl ClipId {
+    /// The identity of `clip`.
+    pub fn of(clip: &Clip) -> Self {
+        let arch = clip.arch();
+        Self {
+            name: arch.name(),
+            weights_hash: clip.weights_hash().to_owned(),
+            text_width: arch.text_width,
+            embed_dim: arch.embed_dim,
+        }
+    }
+}

@@ -1,0 +1,339 @@
+//! The towers' operations on candle tensors, with the gradients that frozen weights need: those of the input alone.
+//!
+//! Each is one candle custom op, so methods compose them freely with ordinary candle code. Weights are fields of the op,
+//! not its arguments: candle's autograd never forms their gradients.
+
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, CustomOp1, D, Layout, Shape, Tensor};
+
+use crate::kernels::{self, AttentionSizes, Stored};
+use crate::{Activation, Error, Result};
+
+/// A frozen affine map `y = x·wᵀ + b`.
+#[derive(Clone, Debug)]
+pub(crate) struct Linear {
+    weight: Arc<Stored>,
+    bias: Option<Arc<Vec<f32>>>,
+    in_width: usize,
+    out_width: usize,
+}
+
+impl Linear {
+    pub(crate) fn new(
+        weight: Stored,
+        bias: Option<Vec<f32>>,
+        (out_width, in_width): (usize, usize),
+    ) -> Self {
+        debug_assert_eq!(weight.len(), out_width * in_width);
+        Self {
+            weight: Arc::new(weight),
+            bias: bias.map(Arc::new),
+            in_width,
+            out_width,
+        }
+    }
+
+    /// `(.., in)` → `(.., out)`.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        expect_width("input of a linear layer", x, self.in_width)?;
+        Ok(x.contiguous()?.apply_op1(self.clone())?)
+    }
+
+    /// Bytes held.
+    pub(crate) fn bytes(&self) -> usize {
+        self.weight.bytes() + self.bias.as_ref().map_or(0, |b| 4 * b.len())
+    }
+}
+
+fn expect_width(what: &str, x: &Tensor, width: usize) -> Result<()> {
+    if x.dims().last() == Some(&width) {
+        return Ok(());
+    }
+    let mut expected = x.dims().to_vec();
+    if let Some(last) = expected.last_mut() {
+        *last = width;
+    }
+    Err(Error::Shape {
+        what: what.into(),
+        found: x.dims().to_vec(),
+        expected,
+    })
+}
+
+/// The values of a contiguous f32 argument.
+fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+    let (start, end) = layout
+        .contiguous_offsets()
+        .ok_or_else(|| candle_core::Error::Msg("operand is not contiguous".into()).bt())?;
+    Ok(&storage.as_slice::<f32>()?[start..end])
+}
+
+/// The values of a tensor as they lie in memory, copied only if they are not contiguous.
+fn with_values<T>(t: &Tensor, f: impl FnOnce(&[f32]) -> T) -> candle_core::Result<T> {
+    let t = t.contiguous()?;
+    let (storage, layout) = t.storage_and_layout();
+    match &*storage {
+        candle_core::Storage::Cpu(storage) => Ok(f(values(storage, layout)?)),
+        _ => Err(candle_core::Error::Msg("operand is not on the CPU".into()).bt()),
+    }
+}
+
+/// A new tensor like `like`, filled by `f(values of a, values of b)`.
+fn filled(
+    a: &Tensor,
+    b: &Tensor,
+    shape: &Shape,
+    f: impl FnOnce(&[f32], &[f32], &mut [f32]),
+) -> candle_core::Result<Tensor> {
+    let mut out = vec![0.0; shape.elem_count()];
+    with_values(a, |a| with_values(b, |b| f(a, b, &mut out)))??;
+    Tensor::from_vec(out, shape, a.device())
+}
+
+/// A frozen operation whose gradient is not known: asking for one is an error, never silence.
+pub(crate) fn map(
+    x: &Tensor,
+    shape: impl Into<Shape>,
+    f: impl Fn(&[f32], &mut [f32]),
+) -> Result<Tensor> {
+    struct Map<F>(Shape, F);
+    impl<F: Fn(&[f32], &mut [f32])> CustomOp1 for Map<F> {
+        fn name(&self) -> &'static str {
+            "forward-only"
+        }
+        fn cpu_fwd(
+            &self,
+            storage: &CpuStorage,
+            layout: &Layout,
+        ) -> candle_core::Result<(CpuStorage, Shape)> {
+            let mut out = vec![0.0; self.0.elem_count()];
+            (self.1)(values(storage, layout)?, &mut out);
+            Ok((CpuStorage::F32(out), self.0.clone()))
+        }
+    }
+    if x.track_op() {
+        return Err(Error::Data(
+            "this part of the image tower has no gradient yet".into(),
+        ));
+    }
+    Ok(x.contiguous()?.apply_op1_no_bwd(&Map(shape.into(), f))?)
+}
+
+impl CustomOp1 for Linear {
+    fn name(&self) -> &'static str {
+        "frozen-linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        storage: &CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let x = values(storage, layout)?;
+        let m = x.len() / self.in_width;
+        let mut out = vec![0.0; m * self.out_width];
+        let sizes = (self.out_width, self.in_width);
+        kernels::linear(
+            x,
+            m,
+            &self.weight,
+            sizes,
+            self.bias.as_deref().map(Vec::as_slice),
+            &mut out,
+        );
+        let mut dims = layout.dims().to_vec();
+        if let Some(last) = dims.last_mut() {
+            *last = self.out_width;
+        }
+        Ok((CpuStorage::F32(out), dims.into()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let m = x.elem_count() / self.in_width;
+        let sizes = (self.out_width, self.in_width);
+        filled(dy, dy, x.shape(), |dy, _, dx| {
+            kernels::linear_backward(dy, m, &self.weight, sizes, dx)
+        })
+        .map(Some)
+    }
+}
+
+/// LayerNorm over the last axis with frozen gain and bias.
+#[derive(Clone, Debug)]
+pub(crate) struct LayerNorm {
+    gain: Arc<Vec<f32>>,
+    bias: Arc<Vec<f32>>,
+}
+
+impl LayerNorm {
+    const EPS: f32 = 1e-5;
+
+    pub(crate) fn new(gain: Vec<f32>, bias: Vec<f32>) -> Self {
+        debug_assert_eq!(gain.len(), bias.len());
+        Self {
+            gain: Arc::new(gain),
+            bias: Arc::new(bias),
+        }
+    }
+
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        expect_width("input of a LayerNorm", x, self.gain.len())?;
+        Ok(x.contiguous()?.apply_op1(self.clone())?)
+    }
+}
+
+impl CustomOp1 for LayerNorm {
+    fn name(&self) -> &'static str {
+        "frozen-layer-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        storage: &CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let x = values(storage, layout)?;
+        let mut out = vec![0.0; x.len()];
+        kernels::layer_norm(x, &self.gain, &self.bias, Self::EPS, &mut out);
+        Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        filled(x, dy, x.shape(), |x, dy, dx| {
+            kernels::layer_norm_backward(x, &self.gain, Self::EPS, dy, dx)
+        })
+        .map(Some)
+    }
+}
+
+/// Multi-head self-attention on packed `(batch, tokens, 3·width)` queries, keys and values → `(batch, tokens, width)`.
+pub(crate) fn attention(qkv: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
+    let (batch, tokens, width) = qkv.dims3()?;
+    let head_width = width / 3 / heads.max(1);
+    if heads * head_width * 3 != width {
+        return Err(Error::Data(format!(
+            "attention of width {} cannot have {heads} heads",
+            width / 3
+        )));
+    }
+    Ok(qkv.contiguous()?.apply_op1(Attention(AttentionSizes {
+        batch,
+        tokens,
+        heads,
+        head_width,
+        causal,
+    }))?)
+}
+
+struct Attention(AttentionSizes);
+
+impl CustomOp1 for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        storage: &CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let s = self.0;
+        let width = s.heads * s.head_width;
+        let mut out = vec![0.0; s.batch * s.tokens * width];
+        kernels::attention(values(storage, layout)?, s, &mut out);
+        Ok((CpuStorage::F32(out), (s.batch, s.tokens, width).into()))
+    }
+
+    fn bwd(&self, qkv: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        filled(qkv, dy, qkv.shape(), |qkv, dy, dqkv| {
+            kernels::attention_backward(qkv, self.0, dy, dqkv)
+        })
+        .map(Some)
+    }
+}
+
+/// The nonlinearity of the towers' MLPs.
+pub fn activation(x: &Tensor, kind: Activation) -> Result<Tensor> {
+    Ok(x.contiguous()?.apply_op1(Nonlinearity(kind))?)
+}
+
+struct Nonlinearity(Activation);
+
+impl CustomOp1 for Nonlinearity {
+    fn name(&self) -> &'static str {
+        "activation"
+    }
+
+    fn cpu_fwd(
+        &self,
+        storage: &CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let x = values(storage, layout)?;
+        let mut out = vec![0.0; x.len()];
+        kernels::activate(self.0, x, &mut out);
+        Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        filled(x, dy, x.shape(), |x, dy, dx| {
+            kernels::activate_backward(self.0, x, dy, dx)
+        })
+        .map(Some)
+    }
+}
+
+/// Softmax over the last axis, differentiable.
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    Ok(log_softmax(x)?.exp()?)
+}
+
+/// Logarithm of the softmax over the last axis, differentiable.
+pub fn log_softmax(x: &Tensor) -> Result<Tensor> {
+    // The maximum only shifts; its own gradient cancels.
+    let x = x.broadcast_sub(&x.max_keepdim(D::Minus1)?.detach())?;
+    let log_sum = x.exp()?.sum_keepdim(D::Minus1)?.log()?;
+    Ok(x.broadcast_sub(&log_sum)?)
+}
+
+/// Mean cross entropy of `logits (batch, n_cls)` against class labels.
+///
+/// # Errors
+/// [`Error::Data`] if a label is not below `n_cls` or the batch is empty.
+pub fn cross_entropy(logits: &Tensor, labels: &[u32]) -> Result<Tensor> {
+    let (batch, n_cls) = logits.dims2()?;
+    if batch != labels.len() || batch == 0 {
+        return Err(Error::Data(format!(
+            "{batch} rows of logits for {} labels",
+            labels.len()
+        )));
+    }
+    if let Some(label) = labels.iter().find(|&&l| l as usize >= n_cls) {
+        return Err(Error::Data(format!("label {label} with {n_cls} classes")));
+    }
+    let labels = Tensor::new(labels, logits.device())?.unsqueeze(1)?;
+    Ok(log_softmax(logits)?.gather(&labels, 1)?.mean_all()?.neg()?)
+}
+
+/// Rows of unit length: plain division by the norm, as the authors do, no epsilon.
+///
+/// # Errors
+/// [`Error::NotFinite`] if a row is zero or not finite; `what` names the rows.
+pub fn unit_length(x: &Tensor, what: &str) -> Result<Tensor> {
+    let norm = x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
+    for (row, norm) in norm
+        .flatten_all()?
+        .to_vec1::<f32>()?
+        .into_iter()
+        .enumerate()
+    {
+        if norm == 0.0 || !norm.is_finite() {
+            return Err(Error::NotFinite {
+                what: format!("{what}, row {row}, of length {norm}, scaled to unit length,"),
+                value: f64::NAN,
+            });
+        }
+    }
+    Ok(x.broadcast_div(&norm)?)
+}

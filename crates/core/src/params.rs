@@ -1,0 +1,292 @@
+//! The tensors that a method learns: ordered, named, seeded.
+
+use std::collections::BTreeMap;
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Shape, Tensor, Var};
+
+use crate::rng::Rng;
+use crate::{Error, Result};
+
+/// A learned tensor, f32. Clones share the value.
+#[derive(Clone, Debug)]
+pub struct Param {
+    name: String,
+    var: Var,
+}
+
+impl Param {
+    /// The authors' state-dict key.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The present value; gradients flow to it.
+    pub fn tensor(&self) -> &Tensor {
+        self.var.as_tensor()
+    }
+
+    /// A copy of the present value, without a gradient; later updates do not reach it.
+    ///
+    /// # Errors
+    /// Whatever the tensor library refuses.
+    pub fn value(&self) -> Result<Tensor> {
+        Ok(self.var.as_detached_tensor().copy()?)
+    }
+}
+
+/// Every tensor that a method learns, in the order in which they were made.
+#[derive(Clone, Debug)]
+pub struct Params {
+    seed: u64,
+    list: Vec<Param>,
+}
+
+impl Params {
+    /// No parameters yet; what is drawn later depends on `seed` and on each parameter's name, not on the order.
+    pub fn new(seed: u64) -> Self {
+        Self {
+            seed,
+            list: Vec::new(),
+        }
+    }
+
+    /// A parameter drawn from N(0, std²).
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the name is taken.
+    pub fn normal(&mut self, name: &str, shape: impl Into<Shape>, std: f64) -> Result<Param> {
+        let shape = shape.into();
+        let mut rng = Rng::stream(self.seed, &format!("init/{name}"), &[]);
+        let values: Vec<f32> = rng
+            .normal(shape.elem_count())
+            .into_iter()
+            .map(|x| (x * std) as f32)
+            .collect();
+        self.add(name, Tensor::from_vec(values, shape, &Device::Cpu)?)
+    }
+
+    /// A parameter that starts as a copy of `value`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the name is taken.
+    pub fn copied(&mut self, name: &str, value: &Tensor) -> Result<Param> {
+        self.add(name, value.to_dtype(DType::F32)?)
+    }
+
+    fn add(&mut self, name: &str, value: Tensor) -> Result<Param> {
+        if self.get(name).is_some() {
+            return Err(Error::config("parameter", name, "the name is taken"));
+        }
+        // A copy: a variable is updated in place, and must not share memory with what it started from.
+        let param = Param {
+            name: name.to_owned(),
+            var: Var::from_tensor(&value.detach().copy()?)?,
+        };
+        self.list.push(param.clone());
+        Ok(param)
+    }
+
+    /// The parameter called `name`.
+    pub fn get(&self, name: &str) -> Option<&Param> {
+        self.list.iter().find(|p| p.name == name)
+    }
+
+    /// All parameters in order.
+    pub fn iter(&self) -> impl Iterator<Item = &Param> {
+        self.list.iter()
+    }
+
+    /// Number of tensors.
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Whether nothing is learned.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// Number of learned numbers.
+    pub fn count(&self) -> usize {
+        self.list.iter().map(|p| p.tensor().elem_count()).sum()
+    }
+
+    /// Replaces every value by the tensor of the same name.
+    ///
+    /// # Errors
+    /// [`Error::Prompt`] if one is missing, [`Error::Shape`] if one has another shape, [`Error::NotFinite`]; nothing is
+    /// changed then.
+    pub fn load(&self, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+        let mut values = Vec::with_capacity(self.len());
+        for param in &self.list {
+            let value = tensors.get(&param.name).ok_or_else(|| {
+                Error::Prompt(format!("learned tensor `{}` is missing", param.name))
+            })?;
+            if value.dims() != param.tensor().dims() {
+                return Err(Error::Shape {
+                    what: format!("learned tensor `{}`", param.name),
+                    found: value.dims().to_vec(),
+                    expected: param.tensor().dims().to_vec(),
+                });
+            }
+            let value = value.to_dtype(DType::F32)?;
+            check_finite(&value, &format!("learned tensor `{}`", param.name))?;
+            values.push(value);
+        }
+        for (param, value) in self.list.iter().zip(values) {
+            param.var.set(&value)?;
+        }
+        Ok(())
+    }
+
+    /// Names and copies of the values, as they are saved.
+    ///
+    /// # Errors
+    /// As [`Param::value`].
+    pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        self.list
+            .iter()
+            .map(|p| Ok((p.name.clone(), p.value()?)))
+            .collect()
+    }
+
+    pub(crate) fn set(&self, index: usize, value: &Tensor) -> Result<()> {
+        Ok(self.list[index].var.set(value)?)
+    }
+}
+
+/// Refuses NaN and infinities.
+pub(crate) fn check_finite(tensor: &Tensor, what: &str) -> Result<()> {
+    let values = tensor
+        .flatten_all()?
+        .to_dtype(DType::F32)?
+        .to_vec1::<f32>()?;
+    match values.into_iter().find(|v| !v.is_finite()) {
+        Some(value) => Err(Error::NotFinite {
+            what: what.to_owned(),
+            value: f64::from(value),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Gradients of a step, one per parameter, in their order. A method may reshape them before the optimiser sees them.
+#[derive(Debug)]
+pub struct Gradients {
+    names: Vec<String>,
+    list: Vec<Option<Tensor>>,
+}
+
+impl Gradients {
+    /// Runs the loss backward.
+    ///
+    /// # Errors
+    /// Whatever the tensor library refuses.
+    pub fn of(loss: &Tensor, params: &Params) -> Result<Self> {
+        let store: GradStore = loss.backward()?;
+        Ok(Self {
+            names: params.iter().map(|p| p.name.clone()).collect(),
+            list: params
+                .iter()
+                .map(|p| store.get(p.tensor()).map(Tensor::detach))
+                .collect(),
+        })
+    }
+
+    /// The gradient of `name`; `None` if the loss does not depend on it.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        let index = self.names.iter().position(|n| n == name)?;
+        self.list[index].as_ref()
+    }
+
+    /// Replaces the gradient of `name`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if there is no such parameter.
+    pub fn set(&mut self, name: &str, gradient: Tensor) -> Result<()> {
+        match self.names.iter().position(|n| n == name) {
+            Some(index) => self.list[index] = Some(gradient),
+            None => {
+                return Err(Error::config(
+                    "parameter",
+                    name,
+                    format!("one of {:?}", self.names),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Names and gradients in the parameters' order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, Option<&Tensor>)> {
+        self.names
+            .iter()
+            .map(String::as_str)
+            .zip(self.list.iter().map(Option::as_ref))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_depend_on_name_and_seed_only() -> Result<()> {
+        let draw = |seed, names: &[&str]| -> Result<Vec<f32>> {
+            let mut params = Params::new(seed);
+            for name in names {
+                params.normal(name, (2, 3), 0.02)?;
+            }
+            Ok(params
+                .get("ctx")
+                .ok_or(Error::Cancelled)?
+                .value()?
+                .flatten_all()?
+                .to_vec1()?)
+        };
+        assert_eq!(draw(1, &["ctx", "other"])?, draw(1, &["other", "ctx"])?);
+        assert_ne!(draw(1, &["ctx"])?, draw(2, &["ctx"])?);
+        Ok(())
+    }
+
+    #[test]
+    fn loading_is_all_or_nothing() -> Result<()> {
+        let mut params = Params::new(0);
+        params.normal("a", 2, 1.0)?;
+        params.normal("b", 2, 1.0)?;
+        let before = params.tensors()?[0].1.to_vec1::<f32>()?;
+        let ones = Tensor::ones(2, DType::F32, &Device::Cpu)?;
+        let mut tensors = BTreeMap::from([("a".to_owned(), ones.clone())]);
+        assert!(
+            params
+                .load(&tensors)
+                .unwrap_err()
+                .to_string()
+                .contains("`b` is missing")
+        );
+        tensors.insert("b".into(), Tensor::new(&[f32::NAN, 1.0], &Device::Cpu)?);
+        assert!(
+            params
+                .load(&tensors)
+                .unwrap_err()
+                .to_string()
+                .contains("NaN")
+        );
+        assert_eq!(params.tensors()?[0].1.to_vec1::<f32>()?, before);
+        tensors.insert("b".into(), ones);
+        params.load(&tensors)?;
+        assert_eq!(params.tensors()?[0].1.to_vec1::<f32>()?, [1.0, 1.0]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_copied_parameter_does_not_share_memory() -> Result<()> {
+        let start = Tensor::zeros(2, DType::F32, &Device::Cpu)?;
+        let mut params = Params::new(0);
+        params.copied("a", &start)?;
+        params.set(0, &Tensor::ones(2, DType::F32, &Device::Cpu)?)?;
+        assert_eq!(start.to_vec1::<f32>()?, [0.0, 0.0]);
+        Ok(())
+    }
+}

@@ -1,0 +1,218 @@
+//! The prompt file: learned tensors under the authors' keys, and everything needed to use them, in one safetensors file.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::files::write_atomically;
+use crate::method::{ClipId, Predictor};
+use crate::params::check_finite;
+use crate::{Classes, Clip, Error, Result};
+
+/// The metadata's key in the safetensors header.
+const KEY: &str = "cliptune";
+/// Version of the format.
+const FORMAT: u32 = 1;
+
+/// A learned prompt as it lies on disk.
+#[derive(Clone, Debug)]
+pub struct PromptFile {
+    /// Slug of the method.
+    pub method: String,
+    /// Its settings.
+    pub config: Value,
+    /// The weights it was trained on.
+    pub clip: ClipId,
+    /// Class names it was trained on.
+    pub classes: Classes,
+    /// The run's seed.
+    pub seed: u64,
+    /// What else is known of the run (shots, accuracy, data): for people, not read back.
+    pub notes: Value,
+    /// Learned tensors.
+    pub tensors: BTreeMap<String, Tensor>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Header {
+    format: u32,
+    version: String,
+    method: String,
+    config: Value,
+    clip: ClipId,
+    classes: Classes,
+    seed: u64,
+    #[serde(default)]
+    notes: Value,
+}
+
+impl PromptFile {
+    /// The file's content for a fitted predictor.
+    ///
+    /// # Errors
+    /// Whatever the tensor library refuses.
+    pub fn new(
+        method: &str,
+        config: Value,
+        clip: &Clip,
+        classes: &Classes,
+        seed: u64,
+        notes: Value,
+        predictor: &dyn Predictor,
+    ) -> Result<Self> {
+        Ok(Self {
+            method: method.to_owned(),
+            config,
+            clip: ClipId::of(clip),
+            classes: classes.clone(),
+            seed,
+            notes,
+            tensors: predictor.tensors()?.into_iter().collect(),
+        })
+    }
+
+    /// Writes the file; an existing one is replaced only when everything is on disk.
+    ///
+    /// # Errors
+    /// [`Error::Io`] naming the file, [`Error::NotFinite`] naming the tensor.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        for (name, tensor) in &self.tensors {
+            check_finite(tensor, &format!("learned tensor `{name}`"))?;
+        }
+        let header = Header {
+            format: FORMAT,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            method: self.method.clone(),
+            config: self.config.clone(),
+            clip: self.clip.clone(),
+            classes: self.classes.clone(),
+            seed: self.seed,
+            notes: self.notes.clone(),
+        };
+        let header =
+            serde_json::to_string(&header).map_err(|e| Error::format(path, e.to_string()))?;
+        let bytes = to_safetensors(&self.tensors, &header)
+            .map_err(|e| Error::format(path, e.to_string()))?;
+        write_atomically(path, |out| out.write_all(&bytes))
+    }
+
+    /// Reads a prompt file and checks that it is whole.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Format`] or [`Error::NotFinite`], each naming the file.
+    pub fn load(path: &Path) -> Result<Self> {
+        let not_a_prompt = "not a prompt file: the header has no `cliptune` entry";
+        let (header, tensors) = read_safetensors(path, KEY, not_a_prompt)?;
+        let value: Value = serde_json::from_str(&header)
+            .map_err(|e| Error::format(path, format!("header: {e}")))?;
+        match value.get("format").and_then(Value::as_u64) {
+            Some(format) if format == u64::from(FORMAT) => {}
+            Some(format) => {
+                let message = format!(
+                    "prompt file of format {format}, this version reads format {FORMAT}; update cliptune"
+                );
+                return Err(Error::format(path, message));
+            }
+            None => return Err(Error::format(path, "header: no format number")),
+        }
+        let header: Header = serde_json::from_value(value)
+            .map_err(|e| Error::format(path, format!("header: {e}")))?;
+        for (name, tensor) in &tensors {
+            check_finite(
+                tensor,
+                &format!("{}: learned tensor `{name}`", path.display()),
+            )?;
+        }
+        let Header {
+            method,
+            config,
+            clip,
+            classes,
+            seed,
+            notes,
+            ..
+        } = header;
+        let classes = Classes::new(classes.names().to_vec())
+            .map_err(|e| Error::format(path, e.to_string()))?;
+        Ok(Self {
+            method,
+            config,
+            clip,
+            classes,
+            seed,
+            notes,
+            tensors,
+        })
+    }
+
+    /// Refuses weights that the prompt was not trained on.
+    ///
+    /// # Errors
+    /// [`Error::Prompt`] naming both.
+    pub fn check_clip(&self, clip: &Clip) -> Result<()> {
+        let given = ClipId::of(clip);
+        if self.clip.weights_hash == given.weights_hash {
+            return Ok(());
+        }
+        Err(Error::Prompt(format!(
+            "the prompt was trained on {} (weights {}), these weights are {} ({}); pass the weights it was trained on",
+            self.clip.name,
+            short(&self.clip.weights_hash),
+            given.name,
+            short(&given.weights_hash),
+        )))
+    }
+}
+
+fn short(hash: &str) -> &str {
+    hash.get(..12).unwrap_or(hash)
+}
+
+/// Serialises tensors with one metadata entry, in an order that depends on the content alone.
+pub(crate) fn to_safetensors(
+    tensors: &BTreeMap<String, Tensor>,
+    header: &str,
+) -> std::result::Result<Vec<u8>, safetensors::SafeTensorError> {
+    let metadata = HashMap::from([(KEY.to_owned(), header.to_owned())]);
+    safetensors::serialize(
+        tensors.iter().map(|(k, v)| (k.clone(), v.clone())),
+        Some(metadata),
+    )
+}
+
+/// Reads a safetensors file of f32 and i64 tensors and one metadata entry; a file without it is refused with `missing`.
+pub(crate) fn read_safetensors(
+    path: &Path,
+    key: &str,
+    missing: &str,
+) -> Result<(String, BTreeMap<String, Tensor>)> {
+    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+    let wrong = |e: &dyn std::fmt::Display| {
+        Error::format(path, format!("not a whole safetensors file: {e}"))
+    };
+    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| wrong(&e))?;
+    let header = metadata
+        .metadata()
+        .as_ref()
+        .and_then(|m| m.get(key).cloned())
+        .ok_or_else(|| Error::format(path, missing))?;
+    let file = safetensors::SafeTensors::deserialize(&bytes).map_err(|e| wrong(&e))?;
+    let mut tensors = BTreeMap::new();
+    for (name, view) in file.iter() {
+        let dtype = match view.dtype() {
+            safetensors::Dtype::F32 => DType::F32,
+            safetensors::Dtype::I64 => DType::I64,
+            other => {
+                let message = format!("tensor `{name}` is {other:?}, expected F32");
+                return Err(Error::format(path, message));
+            }
+        };
+        let tensor = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?;
+        tensors.insert(name.to_owned(), tensor);
+    }
+    Ok((header, tensors))
+}

@@ -1,0 +1,201 @@
+//! The text tower against a slow, plain one: all 77 positions, candle's own operations, autograd through everything.
+
+use std::collections::BTreeMap;
+
+use candle_core::{D, Device, IndexOp, Tensor, Var};
+use cliptune_core::checkpoint::random;
+use cliptune_core::prompt::{Piece, Prompts};
+use cliptune_core::rng::Rng;
+use cliptune_core::tokenizer::{END, START};
+use cliptune_core::{Activation, Arch, Clip, Gradients, Params, Storage, VisionArch};
+use proptest::prelude::*;
+
+const CONTEXT: usize = 77;
+const LAYERS: usize = 2;
+
+fn arch(activation: Activation, text_width: usize) -> Arch {
+    Arch {
+        embed_dim: 24,
+        image_resolution: 32,
+        vision: VisionArch::Vit {
+            layers: 1,
+            width: 64,
+            patch_size: 16,
+        },
+        context_length: CONTEXT,
+        vocab_size: 49_408,
+        text_width,
+        text_layers: LAYERS,
+        activation,
+    }
+}
+
+type Tensors = BTreeMap<String, Tensor>;
+type Plain<T> = candle_core::Result<T>;
+
+fn linear(w: &Tensors, name: &str, weight: &str, bias: &str, x: &Tensor) -> Plain<Tensor> {
+    let product = x.broadcast_matmul(&w[&format!("{name}{weight}")].t()?)?;
+    product.broadcast_add(&w[&format!("{name}{bias}")])
+}
+
+fn layer_norm(w: &Tensors, name: &str, x: &Tensor) -> Plain<Tensor> {
+    let (gain, bias) = (&w[&format!("{name}.weight")], &w[&format!("{name}.bias")]);
+    candle_nn::ops::layer_norm_slow(x, gain, bias, 1e-5)
+}
+
+fn block(
+    w: &Tensors,
+    name: &str,
+    heads: usize,
+    activation: Activation,
+    x: &Tensor,
+) -> Plain<Tensor> {
+    let (n, t, width) = x.dims3()?;
+    let normed = layer_norm(w, &format!("{name}.ln_1"), x)?;
+    let qkv = linear(
+        w,
+        &format!("{name}.attn."),
+        "in_proj_weight",
+        "in_proj_bias",
+        &normed,
+    )?;
+    let head = |i: usize| -> Plain<Tensor> {
+        let part = qkv.narrow(2, i * width, width)?;
+        part.reshape((n, t, heads, width / heads))?
+            .transpose(1, 2)?
+            .contiguous()
+    };
+    let (q, k, v) = (head(0)?, head(1)?, head(2)?);
+    let scores = (q.matmul(&k.t()?.contiguous()?)? / ((width / heads) as f64).sqrt())?;
+    let mask: Vec<f32> = (0..t * t)
+        .map(|i| {
+            if i % t > i / t {
+                f32::NEG_INFINITY
+            } else {
+                0.0
+            }
+        })
+        .collect();
+    let scores = scores.broadcast_add(&Tensor::from_vec(mask, (t, t), x.device())?)?;
+    let mixed = candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&v)?;
+    let mixed = mixed.transpose(1, 2)?.reshape((n, t, width))?;
+    let x = (x + linear(
+        w,
+        &format!("{name}.attn."),
+        "out_proj.weight",
+        "out_proj.bias",
+        &mixed,
+    )?)?;
+    let normed = layer_norm(w, &format!("{name}.ln_2"), &x)?;
+    let hidden = linear(
+        w,
+        &format!("{name}.mlp."),
+        "c_fc.weight",
+        "c_fc.bias",
+        &normed,
+    )?;
+    let hidden = match activation {
+        Activation::QuickGelu => (&hidden * candle_nn::ops::sigmoid(&(&hidden * 1.702)?)?)?,
+        Activation::Gelu => hidden.gelu_erf()?,
+    };
+    &x + linear(
+        w,
+        &format!("{name}.mlp."),
+        "c_proj.weight",
+        "c_proj.bias",
+        &hidden,
+    )?
+}
+
+/// Features of prompts given as full rows of input embeddings, `(n, 77, width)`.
+fn plain(w: &Tensors, activation: Activation, embedded: &Tensor, ends: &[usize]) -> Plain<Tensor> {
+    let width = embedded.dims()[2];
+    let mut x = embedded.broadcast_add(&w["positional_embedding"])?;
+    for i in 0..LAYERS {
+        x = block(
+            w,
+            &format!("transformer.resblocks.{i}"),
+            width / 64,
+            activation,
+            &x,
+        )?;
+    }
+    let x = layer_norm(w, "ln_final", &x)?;
+    let rows: Plain<Vec<Tensor>> = ends
+        .iter()
+        .enumerate()
+        .map(|(i, &end)| x.i((i, end)))
+        .collect();
+    Tensor::stack(&rows?, 0)?.matmul(&w["text_projection"])
+}
+
+fn error(ours: &Tensor, theirs: &Tensor) -> Plain<f32> {
+    let difference = (ours - theirs)?.abs()?.max_all()?.to_scalar::<f32>()?;
+    Ok(difference / theirs.abs()?.max_all()?.to_scalar::<f32>()?.max(1e-20))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
+    /// Random prompts: words, learned rows of a shared and of a per-prompt tensor, in any order and number.
+    #[test]
+    fn features_and_gradients_equal_the_plain_computation(
+        shapes in prop::collection::vec((0usize..6, 0usize..8, 1usize..30), 1..4),
+        heads in 1usize..3, gelu in any::<bool>(), seed in 0u64..1000,
+    ) {
+        let activation = if gelu { Activation::Gelu } else { Activation::QuickGelu };
+        let width = 64 * heads;
+        let checkpoint = random(&arch(activation, width), seed)?;
+        let w = checkpoint.tensors.clone();
+        let clip = Clip::from_checkpoint(checkpoint, Storage::F32)?;
+        let mut rng = Rng::stream(seed, "judge", &[]);
+        let mut draw = |shape: &[usize]| -> Plain<Tensor> {
+            let values = rng.normal(shape.iter().product());
+            Tensor::from_vec(values.into_iter().map(|x| x as f32 * 0.3).collect::<Vec<_>>(), shape, &Device::Cpu)
+        };
+        let (shared, own) = (draw(&[8, width])?, draw(&[shapes.len(), 8, width])?);
+        let weights = draw(&[shapes.len(), 24])?;
+        let mut params = Params::new(0);
+        let (shared_param, own_param) = (params.copied("shared", &shared)?, params.copied("own", &own)?);
+        let (shared_var, own_var) = (Var::from_tensor(&shared)?, Var::from_tensor(&own)?);
+
+        let mut prompts = Prompts::new();
+        let sources = [prompts.learn(shared_param.tensor()), prompts.learn(own_param.tensor())];
+        let (mut rows, mut ends) = (Vec::new(), Vec::new());
+        for (i, &(before, from, words)) in shapes.iter().enumerate() {
+            let ids: Vec<u32> = (0..before + words).map(|k| ((seed as usize * 31 + i * 7 + k * 997) % 49_000) as u32).collect();
+            let (head, tail) = ids.split_at(before);
+            let opening: Vec<u32> = std::iter::once(START).chain(head.iter().copied()).collect();
+            let closing: Vec<u32> = tail.iter().copied().chain([END]).collect();
+            let learned = |which: usize, context, rows| Piece::Learned { source: sources[which], context, rows };
+            prompts.push(vec![
+                Piece::Words(opening.clone()), learned(0, 0, 0..from), learned(1, i, from..8), Piece::Words(closing.clone()),
+            ]);
+            let embed = |ids: &[u32]| w["token_embedding.weight"].index_select(&Tensor::new(ids, &Device::Cpu)?, 0);
+            let length = opening.len() + 8 + closing.len();
+            ends.push(length - 1);
+            let mut pieces = vec![embed(&opening)?];
+            if from > 0 {
+                pieces.push(shared_var.as_tensor().i(..from)?);
+            }
+            pieces.push(own_var.as_tensor().i((i, from..8))?);
+            pieces.push(embed(&closing)?);
+            pieces.push(embed(&vec![0; CONTEXT - length])?);
+            rows.push(Tensor::cat(&pieces, 0)?);
+        }
+        let theirs = plain(&w, activation, &Tensor::stack(&rows, 0)?, &ends)?;
+        let store = (&theirs * &weights)?.sum_all()?.backward()?;
+        let ours = clip.text().encode(&prompts)?;
+        let gradients = Gradients::of(&(&ours * &weights)?.sum_all()?, &params)?;
+
+        prop_assert!(error(&ours, &theirs)? < 1e-5, "features: {}", error(&ours, &theirs)?);
+        for (name, var) in [("shared", &shared_var), ("own", &own_var)] {
+            match (gradients.get(name), store.get(var.as_tensor())) {
+                (Some(ours), Some(theirs)) => prop_assert!(error(ours, theirs)? < 1e-5, "{name}: {}", error(ours, theirs)?),
+                // A learned tensor of which no row is used.
+                (ours, None) => prop_assert!(ours.is_none_or(|g| error(g, &g.zeros_like().unwrap()).unwrap() == 0.0)),
+                (None, Some(_)) => prop_assert!(false, "{name} got no gradient"),
+            }
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! What the cases of all gradient methods have in common: the first step's loss and gradients, then the steps.
+
+use anyhow::{Context, Result, bail};
+use cliptune_core::Clip;
+use cliptune_core::optim::{Optimizer, OptimizerConfig};
+use cliptune_core::schedule::{Decay, Schedule, Warmup};
+use cliptune_core::train::{Batch, Objective, Step, gradients};
+use serde::Deserialize;
+
+use super::case::Case;
+use super::check::{AFTER, Check, START};
+
+/// Compares loss, terms and gradients at the start, makes the case's steps, and compares losses and parameters after them.
+pub(crate) fn train<O: Objective>(
+    case: &Case,
+    clip: &Clip,
+    objective: &mut O,
+    batch: &Batch<'_>,
+    check: &mut Check,
+) -> Result<()> {
+    let Some(config) = &case.json.optimizer else {
+        return Ok(());
+    };
+    let config = OptimizerConfig::deserialize(config).context("optimizer")?;
+    schedule(case, check)?;
+    let mut optimizer = Optimizer::new(config, objective.params())?;
+    let mut losses = Vec::new();
+    let steps = case.json.lr_per_step.len();
+    for (index, lr) in case.json.lr_per_step.iter().enumerate() {
+        let step = Step {
+            seed: 0,
+            epoch: 0,
+            epochs: 1,
+            index,
+            steps,
+        };
+        let (loss, gradients) = gradients(objective, clip, batch, step)?;
+        losses.push(f64::from(loss.total.to_scalar::<f32>()?));
+        if index == 0 {
+            check.tensor(case, "expect.loss", &loss.total, START)?;
+            for (name, term) in &loss.terms {
+                check.tensor(case, &format!("expect.loss.{name}"), term, START)?;
+            }
+            for (name, gradient) in gradients.iter() {
+                let key = format!("expect.grad.{name}");
+                match (gradient, case.get(&key)) {
+                    (Some(gradient), _) => check.tensor(case, &key, gradient, START)?,
+                    (None, Some(expected)) => {
+                        check.tensor(case, &key, &expected.zeros_like()?, START)?
+                    }
+                    (None, None) => {}
+                }
+            }
+        }
+        optimizer.step(objective.params(), &gradients, |_| *lr)?;
+    }
+    check.list(case, "expect.losses", &losses, AFTER)?;
+    for param in objective.params().iter() {
+        check.parameter(case, param.name(), &param.value()?)?;
+    }
+    Ok(())
+}
+
+/// `config.schedule` as the authors' configs spell it.
+#[derive(Deserialize)]
+struct ScheduleJson {
+    lr: f64,
+    max_epoch: usize,
+    lr_scheduler: String,
+    #[serde(default)]
+    warmup_epoch: usize,
+    warmup_type: Option<String>,
+    warmup_cons_lr: Option<f64>,
+    batches_per_epoch: usize,
+    #[serde(default)]
+    stepsize: Vec<usize>,
+    gamma: Option<f64>,
+}
+
+/// The case's learning rates follow from its schedule.
+fn schedule(case: &Case, check: &mut Check) -> Result<()> {
+    let Some(json) = case.json.config.get("schedule") else {
+        return Ok(());
+    };
+    let json = ScheduleJson::deserialize(json).context("config.schedule")?;
+    let decay = match (json.lr_scheduler.as_str(), json.gamma) {
+        ("cosine", _) => Decay::Cosine {},
+        ("multi_step", Some(gamma)) => Decay::MultiStep {
+            milestones: json.stepsize,
+            gamma,
+        },
+        (other, _) => bail!("config.schedule.lr_scheduler `{other}` is unknown here"),
+    };
+    let low = json.warmup_cons_lr.unwrap_or(1e-5);
+    let warmup = match (json.warmup_type.as_deref(), json.warmup_epoch) {
+        (_, 0) => Warmup::None {},
+        (Some("constant"), epochs) => Warmup::Constant { epochs, lr: low },
+        (Some("linear"), epochs) => Warmup::Linear {
+            epochs,
+            min_lr: low,
+        },
+        (other, _) => bail!("config.schedule.warmup_type {other:?} is unknown here"),
+    };
+    let schedule = Schedule { decay, warmup };
+    let rates: Vec<f64> = (0..case.json.lr_per_step.len())
+        .map(|step| {
+            schedule.rate(
+                json.lr,
+                step / json.batches_per_epoch.max(1),
+                json.max_epoch,
+            )
+        })
+        .collect();
+    check.numbers("lr_per_step", &rates, &case.json.lr_per_step, 1e-9);
+    Ok(())
+}
