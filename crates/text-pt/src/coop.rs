@@ -60,7 +60,7 @@ pub const ENTRY: Entry = Entry {
 };
 
 /// Settings of [`CoOp`]; the defaults are the paper's.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CoOpConfig {
     /// Context tokens per prompt, at least 1 (paper: M). `None`: as many as `ctx_init` has tokens, else 16.
@@ -73,18 +73,6 @@ pub struct CoOpConfig {
     pub class_token_position: ClassTokenPosition,
     /// How it is trained.
     pub train: Recipe,
-}
-
-impl Default for CoOpConfig {
-    fn default() -> Self {
-        Self {
-            n_ctx: None,
-            ctx_init: None,
-            class_specific: false,
-            class_token_position: ClassTokenPosition::default(),
-            train: Recipe::default(),
-        }
-    }
 }
 
 impl CoOpConfig {

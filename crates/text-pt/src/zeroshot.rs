@@ -109,10 +109,9 @@ impl ZeroShotConfig {
         // The authors append the data set's own template to the selected seven unless the data set is ImageNet.
         if let (Some(Ensemble::Select7), Some(own), Some(dataset)) =
             (self.ensemble, own, &self.dataset)
+            && !templates::is_imagenet(dataset)
         {
-            if !templates::is_imagenet(dataset) {
-                list.push(own.to_owned());
-            }
+            list.push(own.to_owned());
         }
         Ok(list)
     }
