@@ -242,7 +242,36 @@ impl Role for Test {
     const NAME: &'static str = "test";
 }
 
-/// Labelled images of one role. A method takes `Split<Train>` and, for selection, `Split<Val>`; nothing turns a `Split<Test>` into either.
+/// Labelled images of one role. A method takes `Split<Train>` and, for selection, `Split<Val>`; nothing turns a `Split<Test>`
+/// into either:
+///
+/// ```
+/// # use cliptune_core::{Classes, Labelled, Split};
+/// # use cliptune_core::task::{Test, Train, Val};
+/// fn task(train: Split<Train>, val: Split<Val>, test: Split<Test>, classes: Classes) -> Labelled {
+///     Labelled { train, val: Some(val), classes }
+/// }
+/// ```
+///
+/// Learning from the test images does not compile,
+///
+/// ```compile_fail,E0308
+/// # use cliptune_core::{Classes, Labelled, Split};
+/// # use cliptune_core::task::{Test, Train, Val};
+/// fn task(train: Split<Train>, val: Split<Val>, test: Split<Test>, classes: Classes) -> Labelled {
+///     Labelled { train: test, val: Some(val), classes }
+/// }
+/// ```
+///
+/// nor does choosing by them.
+///
+/// ```compile_fail,E0308
+/// # use cliptune_core::{Classes, Labelled, Split};
+/// # use cliptune_core::task::{Test, Train, Val};
+/// fn task(train: Split<Train>, val: Split<Val>, test: Split<Test>, classes: Classes) -> Labelled {
+///     Labelled { train, val: Some(test), classes }
+/// }
+/// ```
 pub struct Split<R: Role> {
     source: Arc<dyn ImageSource>,
     items: Vec<(usize, u32)>,

@@ -276,7 +276,7 @@ mod tests {
             whole.add(&tensor(&logits), &labels).unwrap();
             let mut single = Confusion::new(4);
             for (row, label) in logits.iter().zip(&labels) {
-                single.add(&tensor(&[row.clone()]), &[*label]).unwrap();
+                single.add(&tensor(std::slice::from_ref(row)), &[*label]).unwrap();
             }
             prop_assert_eq!(whole.matrix(), single.matrix());
             // Two ways to the same number.

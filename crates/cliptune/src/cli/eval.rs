@@ -106,13 +106,14 @@ impl Eval {
             );
         }
         data.in_words().into_iter().for_each(&say);
-        if let Some(file) = chosen.file() {
-            if self.split.may_hold_training_images() && data.was_trained_on(file) {
-                say(format!(
-                    "warning   the prompt was trained on images of this data, and the {} split holds them: the accuracy says little about other images",
-                    self.split.name()
-                ));
-            }
+        if let Some(file) = chosen.file()
+            && self.split.may_hold_training_images()
+            && data.was_trained_on(file)
+        {
+            say(format!(
+                "warning   the prompt was trained on images of this data, and the {} split holds them: the accuracy says little about other images",
+                self.split.name()
+            ));
         }
         let clip = self.model.load()?;
         let classes = data.classes();

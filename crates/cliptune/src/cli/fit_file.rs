@@ -47,15 +47,16 @@ impl FitFile {
         let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
         let mut file = Self::parse(&text, &path.display().to_string())?;
         let folder = path.parent().unwrap_or(Path::new(""));
-        for relative in [
+        for path in [
             &mut file.clip,
             &mut file.images,
             &mut file.out,
             &mut file.cache,
-        ] {
-            if let Some(path) = relative {
-                *path = folder.join(&path);
-            }
+        ]
+        .into_iter()
+        .flatten()
+        {
+            *path = folder.join(&path);
         }
         Ok(file)
     }

@@ -5,6 +5,8 @@ use std::path::Path;
 
 use anyhow::{Context, Error, Result};
 
+use super::table::wrap;
+
 /// The reader of standard output has gone (`cliptune list | head -1`): nothing is left to do, and nothing is wrong.
 #[derive(Debug, thiserror::Error)]
 #[error("standard output was closed")]
@@ -46,9 +48,30 @@ pub(crate) fn stream(
     }
 }
 
+/// Columns of a label in front of a message: `data      flowers/: ...`.
+const LABEL: usize = 10;
+
 /// Tells the user something that is not a result. A closed standard error is nobody's loss.
 pub(crate) fn say(message: impl std::fmt::Display) {
+    let mut message = message.to_string();
+    if let Some((_, columns)) = console::Term::stderr().size_checked() {
+        message = hang(&message, usize::from(columns));
+    }
     let _ = writeln!(std::io::stderr().lock(), "{message}");
+}
+
+/// Wraps a message with a label so that its text stays in its column. Commands to be copied stay whole.
+fn hang(message: &str, width: usize) -> String {
+    match message.split_at_checked(LABEL) {
+        Some((label, text))
+            if label.ends_with("  ") && !label.trim().is_empty() && !label.starts_with("next") =>
+        {
+            let lines = wrap(text, width.saturating_sub(LABEL).max(20));
+            let indent = format!("\n{}", " ".repeat(LABEL));
+            format!("{label}{}", lines.join(&indent))
+        }
+        _ => message.to_owned(),
+    }
 }
 
 /// Refuses a place where no file could be written, before any work is done for it.
@@ -82,5 +105,26 @@ pub(crate) fn width() -> usize {
     match console::Term::stdout().size_checked() {
         Some((_, columns)) => usize::from(columns).max(40),
         None => 100,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_hang_below_their_label() {
+        let data = "data      one two three four five";
+        assert_eq!(
+            hang(data, 30),
+            "data      one two three four\n          five"
+        );
+        for whole in [
+            "next      cliptune eval --clip a --images b",
+            "error: a b c d e f g h i j k",
+            "ä",
+        ] {
+            assert_eq!(hang(whole, 20), whole);
+        }
     }
 }

@@ -66,10 +66,10 @@ impl Progress for Show {
     }
 
     fn finish(&mut self) {
-        if let Self::Terminal(bar) = self {
-            if let Some(bar) = bar.take() {
-                bar.finish_and_clear();
-            }
+        if let Self::Terminal(bar) = self
+            && let Some(bar) = bar.take()
+        {
+            bar.finish_and_clear();
         }
     }
 

@@ -21,6 +21,9 @@ pub(super) type ItemKey = [u8; 32];
 /// Writes a whole file into what it is given.
 pub(super) type Fill<'a> = &'a mut dyn FnMut(&mut dyn Write) -> std::io::Result<()>;
 
+/// Gives the features of some images, little-endian f32.
+pub(super) type Encode<'a> = &'a mut dyn FnMut(&[(usize, ItemKey)]) -> std::io::Result<Vec<u8>>;
+
 /// What the features in a file depend on, besides the images.
 #[derive(Debug)]
 pub(super) struct Context {
@@ -47,7 +50,7 @@ impl Context {
             "checksum": {"dtype": "U8", "shape": [CHECKSUM], "data_offsets": [items, items + CHECKSUM]},
         })
         .to_string();
-        while text.len() % 8 != 0 {
+        while !text.len().is_multiple_of(8) {
             text.push(' ');
         }
         let mut header = (text.len() as u64).to_le_bytes().to_vec();
@@ -71,7 +74,7 @@ pub(super) fn write(
     context: &Context,
     items: &[(usize, ItemKey)],
     batch: usize,
-    encode: &mut dyn FnMut(&[(usize, ItemKey)]) -> std::io::Result<Vec<u8>>,
+    encode: Encode<'_>,
 ) -> std::io::Result<()> {
     let mut hasher = blake3::Hasher::new();
     let mut put = |bytes: &[u8]| {

@@ -323,7 +323,7 @@ fn split_files() -> TestResult {
         (
             "[[\"b/1.png\", 1,",
             "[[\"b/1.png\" 1,",
-            "line 1, column 26: expected",
+            "line 1, column 23: expected",
         ),
         (
             "b/2.png",

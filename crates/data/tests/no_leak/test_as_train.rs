@@ -1,4 +1,5 @@
 use cliptune_core::Labelled;
+use cliptune_core::task::{Split, Val};
 use cliptune_data::FewShot;
 
 fn learn_from_test(drawn: FewShot) -> Labelled {
@@ -9,12 +10,8 @@ fn learn_from_test(drawn: FewShot) -> Labelled {
     }
 }
 
-fn choose_by_test(drawn: FewShot) -> Labelled {
-    Labelled {
-        train: drawn.labelled.train,
-        val: Some(drawn.test),
-        classes: drawn.labelled.classes,
-    }
+fn choose_by_test(drawn: FewShot) -> Split<Val> {
+    drawn.test
 }
 
 fn main() {}
