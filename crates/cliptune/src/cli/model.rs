@@ -83,6 +83,10 @@ pub(crate) fn set_threads(threads: Option<usize>) -> Result<()> {
 pub(crate) fn load(path: &std::path::Path, storage: StorageName, quiet: bool) -> Result<Clip> {
     let started = Instant::now();
     let clip = Clip::load_with(path, storage.into()).context("the CLIP weights cannot be used")?;
+    // Every method reads class names; weights that cannot are refused before any work.
+    clip.text()
+        .tokenizer()
+        .with_context(|| format!("{} cannot be used", path.display()))?;
     if !quiet {
         out::say(format_args!(
             "weights   {} from {} ({:.1} s)",
