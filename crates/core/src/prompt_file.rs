@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::checkpoint::SafetensorsFile;
 use crate::files::write_atomically;
 use crate::method::{ClipId, Predictor};
 use crate::params::check_finite;
@@ -190,29 +191,93 @@ pub(crate) fn read_safetensors(
     key: &str,
     missing: &str,
 ) -> Result<(String, BTreeMap<String, Tensor>)> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-    let wrong = |e: &dyn std::fmt::Display| {
-        Error::format(path, format!("not a whole safetensors file: {e}"))
-    };
-    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| wrong(&e))?;
-    let header = metadata
-        .metadata()
-        .as_ref()
-        .and_then(|m| m.get(key).cloned())
+    let mut file = SafetensorsFile::open_path(path)?;
+    let header = file
+        .metadata
+        .remove(key)
         .ok_or_else(|| Error::format(path, missing))?;
-    let file = safetensors::SafeTensors::deserialize(&bytes).map_err(|e| wrong(&e))?;
-    let mut tensors = BTreeMap::new();
-    for (name, view) in file.iter() {
-        let dtype = match view.dtype() {
-            safetensors::Dtype::F32 => DType::F32,
-            safetensors::Dtype::I64 => DType::I64,
-            other => {
-                let message = format!("tensor `{name}` is {other:?}, expected F32");
-                return Err(Error::format(path, message));
-            }
-        };
-        let tensor = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?;
-        tensors.insert(name.to_owned(), tensor);
+    let tensors = file.load(|_| true)?;
+    for (name, tensor) in &tensors {
+        if !matches!(tensor.dtype(), DType::F32 | DType::I64) {
+            let message = format!("tensor `{name}` is {:?}, expected F32", tensor.dtype());
+            return Err(Error::format(path, message));
+        }
     }
     Ok((header, tensors))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+    use proptest::prelude::*;
+
+    fn valid() -> Vec<u8> {
+        let ctx = Tensor::new(&[[1f32, 2.0], [3.0, 4.0]], &Device::Cpu).unwrap();
+        let header = Header {
+            format: FORMAT,
+            version: "0".into(),
+            method: "coop".into(),
+            config: Value::Null,
+            clip: ClipId {
+                name: "ViT".into(),
+                weights_hash: "00".into(),
+                text_width: 2,
+                embed_dim: 2,
+            },
+            classes: Classes::new(vec!["a".into()]).unwrap(),
+            seed: 1,
+            notes: Value::Null,
+        };
+        let header = serde_json::to_string(&header).unwrap();
+        to_safetensors(&[("ctx".to_owned(), ctx)].into(), &header).unwrap()
+    }
+
+    fn load(bytes: &[u8]) -> Result<PromptFile> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        write_atomically(file.path(), |out| out.write_all(bytes)).unwrap();
+        PromptFile::load(file.path())
+    }
+
+    #[test]
+    fn a_whole_file_loads_and_every_cut_is_refused() {
+        let bytes = valid();
+        let file = load(&bytes).unwrap();
+        assert_eq!((file.method.as_str(), file.seed), ("coop", 1));
+        assert_eq!(file.tensors["ctx"].dims(), [2, 2]);
+        for cut in 0..bytes.len() {
+            assert!(load(&bytes[..cut]).is_err(), "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn values_that_are_not_finite_are_refused_by_name() {
+        let mut bytes = valid();
+        let end = bytes.len();
+        bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+        let message = load(&bytes).unwrap_err().to_string();
+        assert!(
+            message.contains("`ctx`") && message.contains("NaN"),
+            "{message}"
+        );
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        #[test]
+        fn any_bytes_are_a_file_or_an_error(
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+            random in prop::collection::vec(any::<u8>(), 0..64), from_valid in any::<bool>(),
+        ) {
+            let mut bytes = if from_valid { valid() } else { random };
+            for (at, value) in changes {
+                if !bytes.is_empty() {
+                    let at = at.index(bytes.len());
+                    bytes[at] = value;
+                }
+            }
+            let _ = load(&bytes);
+        }
+    }
 }

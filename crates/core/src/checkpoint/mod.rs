@@ -30,6 +30,7 @@ use crate::{Arch, Preprocess, Result};
 
 pub use open::{TorchState, read_torch_state};
 pub use random::random;
+pub(crate) use safetensors::SafetensorsFile;
 pub use save::Layout;
 pub use shapes::expected_tensors;
 

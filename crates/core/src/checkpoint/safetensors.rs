@@ -24,12 +24,12 @@ struct Place {
 }
 
 /// An opened file, with no tensor read yet.
-pub(super) struct SafetensorsFile {
+pub(crate) struct SafetensorsFile {
     path: PathBuf,
     file: BufReader<File>,
     places: BTreeMap<String, Place>,
     /// The header's free text.
-    pub(super) metadata: HashMap<String, String>,
+    pub(crate) metadata: HashMap<String, String>,
 }
 
 /// Length of the header if the first bytes of a file of `file_len` bytes are those of a safetensors file.
@@ -40,6 +40,18 @@ pub(super) fn header_len(head: &[u8], file_len: u64) -> Option<u64> {
 }
 
 impl SafetensorsFile {
+    /// Opens a file that can only be a safetensors file.
+    pub(crate) fn open_path(path: &Path) -> Result<Self> {
+        let io = |e| Error::io(path, e);
+        let file = File::open(path).map_err(io)?;
+        let len = file.metadata().map_err(io)?.len();
+        let mut head = Vec::new();
+        (&file).take(9).read_to_end(&mut head).map_err(io)?;
+        let header_len = header_len(&head, len)
+            .ok_or_else(|| Error::format(path, "not a whole safetensors file"))?;
+        Self::open(path, file, header_len, len)
+    }
+
     /// Reads the header, whose length [`header_len`] found.
     ///
     /// The file is not mapped: mapped, one that shrinks while it is in use would end the process instead of giving an error.
@@ -124,7 +136,7 @@ impl SafetensorsFile {
     }
 
     /// Reads the tensors whose name `wanted` accepts.
-    pub(super) fn load(
+    pub(crate) fn load(
         mut self,
         wanted: impl Fn(&str) -> bool,
     ) -> Result<BTreeMap<String, Tensor>> {
