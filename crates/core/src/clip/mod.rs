@@ -38,6 +38,7 @@ pub struct Clip {
     arch: Arch,
     preprocess: Preprocess,
     weights_hash: String,
+    storage: Storage,
 }
 
 impl Clip {
@@ -99,6 +100,7 @@ impl Clip {
             arch,
             preprocess,
             weights_hash,
+            storage,
         })
     }
 
@@ -136,6 +138,11 @@ impl Clip {
     /// Hash of all weights; equal for every layout that holds equal values.
     pub fn weights_hash(&self) -> &str {
         &self.weights_hash
+    }
+
+    /// How the frozen weights are kept.
+    pub fn storage(&self) -> Storage {
+        self.storage
     }
 
     /// Where the towers compute.
@@ -218,6 +225,8 @@ impl ImageTower {
     }
 
     /// As [`ImageTower::encode`], showing every hidden state to `probe`.
+    ///
+    /// The batch goes through the tower as a whole, so the last bits may differ from those of [`ImageTower::encode`].
     ///
     /// Names are `conv1`, `ln_pre`, `block0`, ..., `ln_post` (ViT) and `stem`, `layer1`, ..., `layer4` (ResNet).
     ///

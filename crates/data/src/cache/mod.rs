@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{Device, Tensor};
 use cliptune_core::preprocess::{Mode, Pixels, fixed_view};
-use cliptune_core::{Clip, ImageBatch, ImageNeeds, ImageSource, Preprocess, View};
+use cliptune_core::{Clip, ImageBatch, ImageNeeds, ImageSource, Preprocess, Storage, View};
 use rayon::prelude::*;
 
 use self::shard::{Context, Fill, ItemKey, Shard};
@@ -51,8 +51,8 @@ pub struct CachedFeatures {
     prepared: Mutex<Prepared>,
 }
 
-/// Weights hash, preprocessing, bytes.
-type Model = (String, Preprocess, usize);
+/// Weights hash, preprocessing, how the weights are kept.
+type Model = (String, Preprocess, Storage);
 type Prepared = HashMap<(ImageNeeds, View), Arc<Rows>>;
 
 /// Where the rows of prepared items are.
@@ -172,11 +172,10 @@ impl CachedFeatures {
 }
 
 fn model_of(clip: &Clip) -> Model {
-    // The bytes tell weights kept in half precision from those that are not.
     (
         clip.weights_hash().to_owned(),
         clip.preprocess().clone(),
-        clip.bytes(),
+        clip.storage(),
     )
 }
 
