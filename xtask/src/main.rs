@@ -1,6 +1,10 @@
-//! The project's own commands: `cargo xtask parity`.
+//! The project's own commands: `cargo xtask parity`, `pretrain`, ...
 
 mod parity;
+mod pretrain;
+mod probe;
+
+use std::process::ExitCode;
 
 use clap::Parser;
 
@@ -10,17 +14,24 @@ use clap::Parser;
 enum Command {
     /// Runs the parity cases: our numbers against those of the authors' code.
     Parity(parity::Args),
+    /// Trains the built-in CLIP on the procedural picture world.
+    Pretrain(pretrain::Args),
+    /// Judges a CLIP on the tasks of the picture world.
+    Probe(probe::Args),
 }
 
-fn main() -> std::process::ExitCode {
+fn main() -> ExitCode {
+    cliptune_core::one_candle_thread();
     let outcome = match Command::parse() {
         Command::Parity(args) => parity::main(&args),
+        Command::Pretrain(args) => pretrain::main(&args).map(|()| ExitCode::SUCCESS),
+        Command::Probe(args) => probe::main(&args).map(|()| ExitCode::SUCCESS),
     };
     match outcome {
         Ok(code) => code,
         Err(error) => {
             out::error(&format!("error: {error:#}"));
-            std::process::ExitCode::FAILURE
+            ExitCode::FAILURE
         }
     }
 }

@@ -123,7 +123,10 @@ fn glimpses_of_everything_give_the_class_feature_and_ignore_other_patches() -> R
 fn every_weight_gets_the_gradient_of_finite_differences() -> Result<()> {
     let mut params = Params::new(0);
     let clip = Clip::learned(weights()?, &mut params)?;
-    let table = params.copied("table", &(normal(3 * 64, "table")?.reshape((3, 64))? * 0.1)?)?;
+    let table = params.copied(
+        "table",
+        &(normal(3 * 64, "table")?.reshape((3, 64))? * 0.1)?,
+    )?;
     let (pixels, probe) = (pixels(2)?, normal(7 * 16, "probe")?.reshape((7, 16))?);
     let seen = Glimpses {
         kept: vec![vec![0, 5, 6, 15], vec![2, 3, 8, 9]],
@@ -146,7 +149,10 @@ fn every_weight_gets_the_gradient_of_finite_differences() -> Result<()> {
         let mut moved = [0.0; 2];
         for (moved, sign) in moved.iter_mut().zip([1.0, -1.0]) {
             let mut tensors = start.clone();
-            tensors.insert(name.to_owned(), (&start[name] + (&direction * (sign * step))?)?);
+            tensors.insert(
+                name.to_owned(),
+                (&start[name] + (&direction * (sign * step))?)?,
+            );
             params.load(&tensors)?;
             *moved = value()?;
         }
@@ -154,7 +160,10 @@ fn every_weight_gets_the_gradient_of_finite_differences() -> Result<()> {
         let measured = (moved[0] - moved[1]) / (2.0 * step);
         let scale = gradient.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>()?;
         let error = (measured - expected).abs() / f64::from(scale);
-        assert!(error < 0.03, "`{name}`: {measured} against {expected}, scale {scale}");
+        assert!(
+            error < 0.03,
+            "`{name}`: {measured} against {expected}, scale {scale}"
+        );
     }
     Ok(())
 }

@@ -2,8 +2,8 @@
 
 use candle_core::{IndexOp, Tensor};
 
-use super::block::{Block, Weights};
 use super::Glimpses;
+use super::block::{Block, Weights};
 use super::text::Probe;
 use crate::ops::{LayerNorm, Linear};
 use crate::{Arch, Error, HEAD_WIDTH, Result};
