@@ -347,3 +347,84 @@ fn train(training: &mut Training, state: &std::path::Path) -> Result<()> {
     bar.finish_and_clear();
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tiny() -> Settings {
+        Settings {
+            steps: 4,
+            batch: 20,
+            ..Settings::default()
+        }
+    }
+
+    fn values(training: &Training) -> Result<Vec<Vec<f32>>> {
+        let tensors = training.learner.params.tensors()?;
+        let flat = |(_, t): (String, Tensor)| Ok(t.flatten_all()?.to_vec1::<f32>()?);
+        tensors.into_iter().map(flat).collect()
+    }
+
+    #[test]
+    fn a_stopped_training_goes_on_to_the_same_bits_on_any_number_of_threads() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let state = folder.path().join("state");
+        let threads = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build();
+        let mut whole = Training::new(tiny())?;
+        threads(1)?.install(|| (0..4).try_for_each(|_| whole.advance().map(drop)))?;
+
+        let mut first = Training::new(tiny())?;
+        threads(3)?.install(|| (0..2).try_for_each(|_| first.advance().map(drop)))?;
+        first.save(&state)?;
+        let mut second = Training::new(tiny())?;
+        second.resume(&state)?;
+        assert_eq!(second.step, 2);
+        threads(2)?.install(|| (0..2).try_for_each(|_| second.advance().map(drop)))?;
+        assert!(values(&whole)? == values(&second)?);
+
+        let mut other = Training::new(Settings { seed: 2, ..tiny() })?;
+        let refused = other.resume(&state).unwrap_err().to_string();
+        assert!(refused.contains("--fresh"), "{refused}");
+        std::fs::File::options()
+            .write(true)
+            .open(&state)?
+            .set_len(1000)?;
+        let damaged = format!("{:#}", Training::new(tiny())?.resume(&state).unwrap_err());
+        assert!(damaged.contains("state"), "{damaged}");
+        Ok(())
+    }
+
+    #[test]
+    fn everything_is_learned_and_only_heads_are_thrown_away() -> Result<()> {
+        let mut training = Training::new(tiny())?;
+        let before = training.learner.checkpoint()?.tensors;
+        let losses = training.advance()?;
+        assert!(losses.total > losses.contrastive && losses.contrastive > 0.0);
+        let after = training.learner.checkpoint()?.tensors;
+        assert!(before.keys().eq(after.keys()));
+        for (name, tensor) in &after {
+            let moved = (tensor - &before[name])?
+                .abs()?
+                .max_all()?
+                .to_scalar::<f32>()?;
+            assert!(moved > 0.0, "`{name}` did not move");
+        }
+        // Words that no caption has stay as they were drawn.
+        let row = |t: &std::collections::BTreeMap<String, Tensor>| -> Result<Vec<f32>> {
+            Ok(t["token_embedding.weight"].get(40_000)?.to_vec1()?)
+        };
+        assert_eq!(row(&before)?, row(&after)?);
+        Ok(())
+    }
+
+    #[test]
+    fn the_schedule_ends_where_it_should() {
+        let settings = Settings::default();
+        let (first, last) = (settings.moment(0), settings.moment(settings.steps - 1));
+        assert!(first.lr < 0.02 * settings.lr && last.lr < 0.02 * settings.lr);
+        assert!(first.weighting.softness > 0.0 && last.weighting.softness == 0.0);
+        assert_eq!((first.draw.kept, last.draw.kept), (40, 64));
+        assert!((last.least_scale.exp() - 60.0).abs() < 1.0);
+    }
+}
