@@ -163,7 +163,7 @@ fn willow() -> Outline {
     let side = |sign: f32| {
         (0..=16)
             .map(move |i| i as f32 / 8.0 - 1.0)
-            .map(move |t| (sign * 0.34 * (1.0 - t * t), sign * t))
+            .map(move |t| (sign * 0.27 * (1.0 - t * t), sign * t))
     };
     Outline::default()
         .add(side(1.0).chain(side(-1.0)).collect())
@@ -288,7 +288,7 @@ fn perch() -> Outline {
 /// A spear and a tall sail.
 fn marlin() -> Outline {
     Outline::default()
-        .add(petal((-0.75, 0.1), (0.75, 0.1), 0.54))
+        .add(petal((-0.75, 0.1), (0.75, 0.1), 0.42))
         .add(poly(&[(-1.25, -0.04), (-0.55, -0.02), (-0.55, 0.2)]))
         .add(poly(&[
             (-0.4, 0.05),
