@@ -297,7 +297,7 @@ mod tests {
             let plan = Plan::new(&prompts, chunk_rows);
             prop_assert_eq!(unpacked(&plan), prompts.clone());
             let all: usize = prompts.iter().map(Vec::len).sum();
-            prop_assert!(plan.rows() <= all + 0);
+            prop_assert!(plan.rows() <= all);
             let mut next = 0;
             for chunk in plan.beginnings.iter().chain(&plan.endings) {
                 prop_assert_eq!(chunk.first, next);
