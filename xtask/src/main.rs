@@ -1,6 +1,7 @@
-//! The project's own commands: `cargo xtask parity`.
+//! The project's own commands: `cargo xtask reproduce`, `cargo xtask parity`.
 
 mod parity;
+mod reproduce;
 
 use clap::Parser;
 
@@ -10,11 +11,14 @@ use clap::Parser;
 enum Command {
     /// Runs the parity cases: our numbers against those of the authors' code.
     Parity(parity::Args),
+    /// Compares the methods on the built-in benchmark or on a data set, and reports.
+    Reproduce(Box<reproduce::Args>),
 }
 
 fn main() -> std::process::ExitCode {
     let outcome = match Command::parse() {
         Command::Parity(args) => parity::main(&args),
+        Command::Reproduce(args) => reproduce::main(&args),
     };
     match outcome {
         Ok(code) => code,
