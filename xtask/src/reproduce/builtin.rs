@@ -46,7 +46,8 @@ fn described(task: &scenes::Task) -> Task {
             title: task.title().to_string(),
             about: task.about().to_string(),
             origin: format!(
-                "drawn by a program: {POOL} pictures a class to draw training pictures from, others to test"
+                "drawn by a program, {side} × {side} pixels: coloured and patterned shapes on a ground. {POOL} pictures of each class to draw training pictures from, about {TEST} others of each task to test on",
+                side = scenes::SIDE
             ),
         },
         template: task.template().to_string(),
@@ -58,7 +59,10 @@ fn described(task: &scenes::Task) -> Task {
 /// The tasks that show `task` in other styles.
 pub(crate) fn shifted(task: &str) -> Vec<String> {
     let prefix = format!("{task}-");
-    all().map(|task| task.slug()).filter(|slug| slug.starts_with(&prefix)).collect()
+    all()
+        .map(|task| task.slug())
+        .filter(|slug| slug.starts_with(&prefix))
+        .collect()
 }
 
 /// Changes when a picture of the benchmark changes: a hash over the first test picture of every class of every task.
@@ -95,7 +99,10 @@ impl Drawn {
             tests: TEST.div_ceil(classes.len()),
             pictures: pictures.to_owned(),
         };
-        Some(Self { source: Arc::new(source), classes })
+        Some(Self {
+            source: Arc::new(source),
+            classes,
+        })
     }
 
     /// `shots` pictures of each class's pool, drawn as the papers' code draws them; at most [`POOL`].
@@ -149,7 +156,9 @@ impl ScenePictures {
         };
         let (class, index) = (item / each, (item % each) as u64);
         if class >= self.n_cls {
-            return Err(Error::Data(format!("there is no picture {item} of a class {class}")));
+            return Err(Error::Data(format!(
+                "there is no picture {item} of a class {class}"
+            )));
         }
         Ok(Recipe { seed, class, index })
     }
@@ -177,7 +186,10 @@ impl ImageSource for ScenePictures {
     fn name(&self, index: usize) -> String {
         match self.recipe(index) {
             Ok(Recipe { seed, class, index }) => {
-                format!("{}, seed {seed}, class {class}, picture {index}", self.task.slug())
+                format!(
+                    "{}, seed {seed}, class {class}, picture {index}",
+                    self.task.slug()
+                )
             }
             Err(_) => format!("picture {index}"),
         }
@@ -199,7 +211,9 @@ impl ImageSource for ScenePictures {
 
     fn pixels(&self, indices: &[usize], to: &Preprocess, view: View) -> Result<Tensor, Error> {
         use rayon::prelude::*;
-        let pictures = indices.par_iter().map(|&item| self.transformed(item, to, view));
+        let pictures = indices
+            .par_iter()
+            .map(|&item| self.transformed(item, to, view));
         let pictures: Vec<Vec<f32>> = pictures.collect::<Result<_, _>>()?;
         let shape = (indices.len(), 3, to.resolution, to.resolution);
         Ok(Tensor::from_vec(pictures.concat(), shape, &Device::Cpu)?)

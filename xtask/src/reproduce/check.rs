@@ -11,8 +11,9 @@ use super::summary::{Results, Who};
 pub(crate) fn complaints(planned: &[Planned], results: &Results, out: &Path) -> Vec<String> {
     let there = |run: &&Planned| !results.all().iter().any(|record| record.run == run.key);
     let missing = planned.iter().filter(there);
-    let mut found: Vec<String> =
-        missing.map(|run| format!("{}: there is no result", run.key)).collect();
+    let mut found: Vec<String> = missing
+        .map(|run| format!("{}: there is no result", run.key))
+        .collect();
     match std::fs::read_to_string(out.join(REPORT)) {
         Ok(html) if html.trim_end().ends_with("</html>") => {}
         Ok(_) => found.push(format!("{REPORT} is not complete")),
@@ -32,7 +33,12 @@ fn no_gain(results: &Results, task: &str) -> Option<String> {
     let shots = results.shots(Protocol::FewShot, task).last().copied()?;
     let learners = results.who(Protocol::FewShot, task);
     let after = |who: &Who| Some(results.few_shot(task, who, shots)?.mean);
-    let best = learners.iter().filter(|who| !who.fixed).filter_map(after).fold(f64::NAN, f64::max);
-    let message = format!("{task}: {best:.1} % at {shots} shots is not above zero-shot, {before:.1} %");
+    let best = learners
+        .iter()
+        .filter(|who| !who.fixed)
+        .filter_map(after)
+        .fold(f64::NAN, f64::max);
+    let message =
+        format!("{task}: {best:.1} % at {shots} shots is not above zero-shot, {before:.1} %");
     (best.is_nan() || best <= before).then_some(message)
 }

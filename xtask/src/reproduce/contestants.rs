@@ -70,14 +70,19 @@ impl Contestant {
 /// # Errors
 /// An unknown name, with the nearest; a setting that no contestant has.
 pub(crate) fn choose(chosen: &[String], settings: &[Setting]) -> Result<Vec<Contestant>> {
-    let mut all: Vec<Contestant> = registry::methods().into_iter().flat_map(variants_of).collect();
+    let mut all: Vec<Contestant> = registry::methods()
+        .into_iter()
+        .flat_map(variants_of)
+        .collect();
     for name in chosen {
         if !all.iter().any(|contestant| is_called(contestant, name)) {
             let slugs = all.iter().map(|contestant| contestant.slug.as_str());
             bail!("--methods {name}: {}", unknown("method", name, slugs));
         }
     }
-    all.retain(|contestant| chosen.is_empty() || chosen.iter().any(|name| is_called(contestant, name)));
+    all.retain(|contestant| {
+        chosen.is_empty() || chosen.iter().any(|name| is_called(contestant, name))
+    });
     for setting in settings {
         setting.apply(&mut all)?;
     }
@@ -104,7 +109,9 @@ fn variants_of(entry: Entry) -> Vec<Contestant> {
         serves_new_classes: true,
         config,
     };
-    let variants = VARIANTS.iter().filter(|variant| variant.method == entry.slug);
+    let variants = VARIANTS
+        .iter()
+        .filter(|variant| variant.method == entry.slug);
     let variants: Vec<Contestant> = variants
         .map(|variant| {
             let mut contestant = plain.clone();
@@ -175,12 +182,17 @@ impl Setting {
         known.sort_unstable();
         known.dedup();
         let known = known.iter().map(String::as_str);
-        Err(anyhow!("--set {}: {}", self.text, unknown("setting", &self.path.join("."), known)))
+        Err(anyhow!(
+            "--set {}: {}",
+            self.text,
+            unknown("setting", &self.path.join("."), known)
+        ))
     }
 }
 
 fn at_mut<'a>(config: &'a mut Value, path: &[String]) -> Option<&'a mut Value> {
-    path.iter().try_fold(config, |place, key| place.get_mut(key.as_str()))
+    path.iter()
+        .try_fold(config, |place, key| place.get_mut(key.as_str()))
 }
 
 /// Names of all settings below `config`, tables included.
@@ -202,8 +214,14 @@ mod tests {
 
     fn message(chosen: &[&str], sets: &[&str]) -> String {
         let chosen: Vec<String> = chosen.iter().map(|name| (*name).to_owned()).collect();
-        let settings = sets.iter().map(|set| Setting::parse(set)).collect::<Result<Vec<_>>>();
-        settings.and_then(|settings| choose(&chosen, &settings)).unwrap_err().to_string()
+        let settings = sets
+            .iter()
+            .map(|set| Setting::parse(set))
+            .collect::<Result<Vec<_>>>();
+        settings
+            .and_then(|settings| choose(&chosen, &settings))
+            .unwrap_err()
+            .to_string()
     }
 
     #[test]
@@ -221,12 +239,18 @@ mod tests {
 
     #[test]
     fn settings_reach_those_who_have_them() -> Result<()> {
-        let settings = [Setting::parse("train.epochs=7")?, Setting::parse("n_ctx = 4")?];
+        let settings = [
+            Setting::parse("train.epochs=7")?,
+            Setting::parse("n_ctx = 4")?,
+        ];
         for contestant in choose(&[], &settings)? {
             let config = contestant.config("a {}.")?;
             match contestant.slug.as_str() {
                 "zeroshot" => assert_eq!(config["templates"], json!(["a {}."])),
-                "coop" => assert_eq!((&config["train"]["epochs"], &config["n_ctx"]), (&json!(7), &json!(4))),
+                "coop" => assert_eq!(
+                    (&config["train"]["epochs"], &config["n_ctx"]),
+                    (&json!(7), &json!(4))
+                ),
                 _ => {}
             }
         }

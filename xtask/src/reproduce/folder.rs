@@ -40,7 +40,13 @@ pub(crate) struct Purpose {
 impl Purpose {
     pub(crate) fn new(clip: ClipId, source: Source, settings: Vec<String>) -> Self {
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        Self { format: FORMAT.to_owned(), version, clip, source, settings }
+        Self {
+            format: FORMAT.to_owned(),
+            version,
+            clip,
+            source,
+            settings,
+        }
     }
 
     /// What differs from what the folder was made for, a line each.
@@ -90,7 +96,10 @@ impl Folder {
                 path.display()
             );
         }
-        let folder = Self { path: path.to_owned(), _lock: lock(path)? };
+        let folder = Self {
+            path: path.to_owned(),
+            _lock: lock(path)?,
+        };
         if fresh {
             folder.clear()?;
         } else if ours {
@@ -107,7 +116,9 @@ impl Folder {
     fn write_purpose(&self, purpose: &Purpose) -> Result<()> {
         let mut text = serde_json::to_vec_pretty(purpose)?;
         text.push(b'\n');
-        Ok(files::write_atomically(&self.path.join(PURPOSE), |w| w.write_all(&text))?)
+        Ok(files::write_atomically(&self.path.join(PURPOSE), |w| {
+            w.write_all(&text)
+        })?)
     }
 
     /// Those of `runs` that have no result yet. A damaged result is named in the notes and moved aside.
@@ -151,7 +162,9 @@ impl Folder {
             let ours = |name: &str| name == RESULT || name == DAMAGED;
             remove_below(&self.path.join(protocol.slug()), &ours)?;
         }
-        remove_below(&self.path.join(FEATURES), &|name| name.ends_with(".safetensors"))?;
+        remove_below(&self.path.join(FEATURES), &|name| {
+            name.ends_with(".safetensors")
+        })?;
         remove_below(&self.path.join(PICTURES), &|name| name.ends_with(".png"))?;
         for name in [REPORT, PURPOSE] {
             let file = self.path.join(name);
@@ -196,7 +209,11 @@ pub(crate) fn results(out: &Path) -> Result<(Vec<Record>, Vec<String>)> {
     let (mut records, mut notes) = (Vec::new(), Vec::new());
     for protocol in Protocol::ALL {
         let mut files = Vec::new();
-        files_below(&out.join(protocol.slug()), &|name| name == RESULT, &mut files)?;
+        files_below(
+            &out.join(protocol.slug()),
+            &|name| name == RESULT,
+            &mut files,
+        )?;
         for file in files {
             let bytes = std::fs::read(&file).with_context(|| file.display().to_string())?;
             match Record::parse(&bytes) {
@@ -237,7 +254,11 @@ fn is_empty(path: &Path) -> Result<bool> {
 }
 
 /// Files below `folder` whose name `wanted` accepts, sorted. Links are not followed.
-fn files_below(folder: &Path, wanted: &dyn Fn(&str) -> bool, found: &mut Vec<PathBuf>) -> Result<()> {
+fn files_below(
+    folder: &Path,
+    wanted: &dyn Fn(&str) -> bool,
+    found: &mut Vec<PathBuf>,
+) -> Result<()> {
     let entries = match std::fs::read_dir(folder) {
         Ok(entries) => entries.collect::<std::io::Result<Vec<_>>>(),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),

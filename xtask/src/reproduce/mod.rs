@@ -53,10 +53,20 @@ pub(crate) struct Args {
     #[arg(long, value_delimiter = ',', value_name = "A,B")]
     tasks: Vec<String>,
     /// Training pictures a class; base-to-new and domain-shift take the largest
-    #[arg(long, value_delimiter = ',', value_name = "N,N", default_value = "1,2,4,8,16")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "N,N",
+        default_value = "1,2,4,8,16"
+    )]
     shots: Vec<usize>,
     /// Seeds of pictures drawn, initial values and order
-    #[arg(long, value_delimiter = ',', value_name = "N,N", default_value = "1,2,3")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "N,N",
+        default_value = "1,2,3"
+    )]
     seeds: Vec<u64>,
     /// CLIP weights [default: the built-in CLIP]
     #[arg(long, value_name = "WEIGHTS")]
@@ -108,15 +118,24 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
 
 impl Args {
     fn out(&self) -> PathBuf {
-        self.out.clone().unwrap_or_else(|| Path::new(ROOT).join("target/reproduce"))
+        self.out
+            .clone()
+            .unwrap_or_else(|| Path::new(ROOT).join("target/reproduce"))
     }
 
     fn clip(&self) -> PathBuf {
-        self.clip.clone().unwrap_or_else(|| Path::new(ROOT).join("fixtures/clip"))
+        self.clip
+            .clone()
+            .unwrap_or_else(|| Path::new(ROOT).join("fixtures/clip"))
     }
 
     /// The whole call; runs are made by `program` with `arguments`.
-    fn reproduce(&self, program: &Path, arguments: &[String], cancel: &AtomicBool) -> Result<ExitCode> {
+    fn reproduce(
+        &self,
+        program: &Path,
+        arguments: &[String],
+        cancel: &AtomicBool,
+    ) -> Result<ExitCode> {
         let started = Instant::now();
         if self.jobs == Some(0) {
             bail!("--jobs 0: expected at least one run at a time");
@@ -127,7 +146,9 @@ impl Args {
             return self.conclude(&planned, Vec::new());
         }
         let clip = Clip::load(self.clip()).context("the CLIP weights cannot be used")?;
-        clip.text().tokenizer().with_context(|| self.clip().display().to_string())?;
+        clip.text()
+            .tokenizer()
+            .with_context(|| self.clip().display().to_string())?;
         let purpose = Purpose::new(ClipId::of(&clip), source.clone(), self.set.clone());
         if self.dry_run {
             return self.list(&planned, &purpose);
@@ -156,17 +177,28 @@ impl Args {
                 cancel,
             };
             failures = make(&pool, &clip, folder.path(), jobs)?;
-            out::error(&format!("runs took {:.0} s", started.elapsed().as_secs_f64()));
+            out::error(&format!(
+                "runs took {:.0} s",
+                started.elapsed().as_secs_f64()
+            ));
         }
         self.conclude(&planned, failures)
     }
 
     fn wish(&self) -> Result<Wish> {
-        let settings = self.set.iter().map(|set| Setting::parse(set)).collect::<Result<Vec<_>>>()?;
+        let settings = self
+            .set
+            .iter()
+            .map(|set| Setting::parse(set))
+            .collect::<Result<Vec<_>>>()?;
         let protocol = |name: &String| -> Result<Protocol> {
-            let found = Protocol::ALL.into_iter().find(|protocol| protocol.slug() == name);
+            let found = Protocol::ALL
+                .into_iter()
+                .find(|protocol| protocol.slug() == name);
             let slugs = Protocol::ALL.iter().map(|protocol| protocol.slug());
-            found.with_context(|| format!("--protocols {name}: {}", unknown("protocol", name, slugs)))
+            found.with_context(|| {
+                format!("--protocols {name}: {}", unknown("protocol", name, slugs))
+            })
         };
         Ok(Wish {
             contestants: choose(&self.methods, &settings)?,
@@ -190,17 +222,29 @@ impl Args {
             there += usize::from(state == "there");
             out::line(&format!("{state:<8} {}", run.key.folder().display()));
         }
-        out::error(&format!("{} runs, {there} of them there already", planned.len()));
+        out::error(&format!(
+            "{} runs, {there} of them there already",
+            planned.len()
+        ));
         Ok(ExitCode::SUCCESS)
     }
 
     /// The missing runs with what their processes must know.
-    fn jobs(&self, missing: &[Planned], clip: &Clip, source: &Source) -> Result<Vec<(Planned, Job)>> {
-        let path = |path: PathBuf| std::path::absolute(&path).with_context(|| path.display().to_string());
+    fn jobs(
+        &self,
+        missing: &[Planned],
+        clip: &Clip,
+        source: &Source,
+    ) -> Result<Vec<(Planned, Job)>> {
+        let path =
+            |path: PathBuf| std::path::absolute(&path).with_context(|| path.display().to_string());
         let (out, weights, revision) = (path(self.out())?, path(self.clip())?, revision());
         let titles = source.tasks()?;
         let titled = |slug: &String| {
-            let title = titles.iter().find(|task| task.slug == *slug).map(|task| &task.note.title);
+            let title = titles
+                .iter()
+                .find(|task| task.slug == *slug)
+                .map(|task| &task.note.title);
             (slug.clone(), title.unwrap_or(slug).clone())
         };
         let job = |run: &Planned| Job {
@@ -234,32 +278,56 @@ impl Args {
         out::line(&table::text(&results));
         out::line(&format!("report    {}", path.display()));
         for failure in &failures {
-            out::error(&format!("failed: {}\n  {}", failure.key, failure.reason.replace('\n', "\n  ")));
+            out::error(&format!(
+                "failed: {}\n  {}",
+                failure.key,
+                failure.reason.replace('\n', "\n  ")
+            ));
         }
         let mut good = failures.is_empty();
         if self.check {
             let complaints = check::complaints(planned, &results, &out);
-            complaints.iter().for_each(|complaint| out::error(&format!("check: {complaint}")));
+            complaints
+                .iter()
+                .for_each(|complaint| out::error(&format!("check: {complaint}")));
             good &= complaints.is_empty();
         }
-        Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok(if good {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        })
     }
 }
 
-fn make(pool: &Pool<'_>, clip: &Clip, out: &Path, jobs: Vec<(Planned, Job)>) -> Result<Vec<Failure>> {
+fn make(
+    pool: &Pool<'_>,
+    clip: &Clip,
+    out: &Path,
+    jobs: Vec<(Planned, Job)>,
+) -> Result<Vec<Failure>> {
     let mut show = Show::new();
-    let needed: Vec<(Job, ImageNeeds)> =
-        jobs.iter().map(|(run, job)| (job.clone(), run.needs())).collect();
+    let needed: Vec<(Job, ImageNeeds)> = jobs
+        .iter()
+        .map(|(run, job)| (job.clone(), run.needs()))
+        .collect();
     prepare::prepare(clip, out, &needed, &mut show)?;
-    let weighed: Vec<(Job, u64)> =
-        jobs.into_iter().map(|(run, job)| (job, run.weight())).collect();
+    let weighed: Vec<(Job, u64)> = jobs
+        .into_iter()
+        .map(|(run, job)| (job, run.weight()))
+        .collect();
     pool.run(&weighed, &mut show)
 }
 
 /// The commit that is checked out; none outside of a repository or without git.
 fn revision() -> Option<Revision> {
     let git = |arguments: &[&str]| {
-        let output = Command::new("git").arg("-C").arg(ROOT).args(arguments).output().ok()?;
+        let output = Command::new("git")
+            .arg("-C")
+            .arg(ROOT)
+            .args(arguments)
+            .output()
+            .ok()?;
         let text = String::from_utf8(output.stdout).ok()?;
         output.status.success().then(|| text.trim().to_owned())
     };

@@ -40,7 +40,12 @@ impl Planned {
     pub(crate) fn weight(&self) -> u64 {
         // Starting, reading weights and measuring cost about as much as a few hundred class prompts.
         const START: usize = 600;
-        let number = |key: &str| self.config.pointer(key).and_then(Value::as_u64).unwrap_or(0) as usize;
+        let number = |key: &str| {
+            self.config
+                .pointer(key)
+                .and_then(Value::as_u64)
+                .unwrap_or(0) as usize
+        };
         let per_class = match self.config.get("class_specific").and_then(Value::as_bool) {
             Some(true) => 4,
             _ => 1,
@@ -71,10 +76,19 @@ pub(crate) fn plan(wish: &Wish, source: &Source) -> Result<Vec<Planned>> {
     for protocol in Protocol::ALL {
         if wish.protocols.is_empty() || wish.protocols.contains(&protocol) {
             let before = runs.len();
-            let of_protocol = Part { wish, source, known: &known, protocol };
+            let of_protocol = Part {
+                wish,
+                source,
+                known: &known,
+                protocol,
+            };
             of_protocol.plan(&mut runs)?;
             if runs.len() == before && wish.protocols.contains(&protocol) {
-                bail!("--protocols {}: {}", protocol.slug(), of_protocol.why_nothing());
+                bail!(
+                    "--protocols {}: {}",
+                    protocol.slug(),
+                    of_protocol.why_nothing()
+                );
             }
         }
     }
@@ -168,14 +182,23 @@ impl Part<'_> {
             }
             Protocol::DomainShift => match self.source {
                 Source::BuiltIn { .. } => {
-                    format!("starts from the task `{}`; add it to --tasks", builtin::SHIFT_FROM)
+                    format!(
+                        "starts from the task `{}`; add it to --tasks",
+                        builtin::SHIFT_FROM
+                    )
                 }
                 Source::DataSet { .. } => "is there for the built-in tasks only".to_owned(),
             },
         }
     }
 
-    fn run(&self, task: &Task, contestant: &Contestant, shots: usize, seed: u64) -> Result<Planned> {
+    fn run(
+        &self,
+        task: &Task,
+        contestant: &Contestant,
+        shots: usize,
+        seed: u64,
+    ) -> Result<Planned> {
         Ok(Planned {
             key: RunKey {
                 protocol: self.protocol,

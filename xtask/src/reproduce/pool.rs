@@ -61,7 +61,12 @@ impl Pool<'_> {
                 scope.spawn(move || self.work(jobs, next, &sender));
             }
             drop(sender);
-            let mut state = State { jobs, running: Vec::new(), done: 0, ended: 0 };
+            let mut state = State {
+                jobs,
+                running: Vec::new(),
+                done: 0,
+                ended: 0,
+            };
             for news in news {
                 if let Some(failure) = state.hear(news) {
                     show.note(&format!("failed: {}", failure.key));
@@ -80,7 +85,9 @@ impl Pool<'_> {
     fn work(&self, jobs: &[(Job, u64)], next: &AtomicUsize, sender: &Sender<News>) {
         while !self.cancel.load(Ordering::Relaxed) {
             let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some((job, _)) = jobs.get(index) else { break };
+            let Some((job, _)) = jobs.get(index) else {
+                break;
+            };
             // The receiver outlives all senders.
             let _ = sender.send(News::Started(index));
             let outcome = self.one(job);
@@ -166,14 +173,25 @@ impl State<'_> {
                 let (job, weight) = self.jobs.get(index)?;
                 self.done += weight;
                 let reason = format!("{:#}", outcome.err()?);
-                Some(Failure { key: job.key.clone(), reason })
+                Some(Failure {
+                    key: job.key.clone(),
+                    reason,
+                })
             }
         }
     }
 
     fn in_words(&self) -> String {
-        let names = self.running.iter().filter_map(|index| Some(self.jobs.get(*index)?.0.key.to_string()));
+        let names = self
+            .running
+            .iter()
+            .filter_map(|index| Some(self.jobs.get(*index)?.0.key.to_string()));
         let names: Vec<String> = names.collect();
-        format!("{} of {} runs done; now {}", self.ended, self.jobs.len(), names.join(" | "))
+        format!(
+            "{} of {} runs done; now {}",
+            self.ended,
+            self.jobs.len(),
+            names.join(" | ")
+        )
     }
 }

@@ -41,7 +41,13 @@ pub(crate) fn prepare(
             needed.add(*needs, items, shown);
         }
     }
-    let each = |needed: &Needed| needed.items.iter().map(|(_, items)| items.len()).sum::<usize>();
+    let each = |needed: &Needed| {
+        needed
+            .items
+            .iter()
+            .map(|(_, items)| items.len())
+            .sum::<usize>()
+    };
     let total: usize = tasks.values().map(each).sum();
     show.start("encoding pictures", total as u64);
     let mut before = 0;
@@ -51,10 +57,16 @@ pub(crate) fn prepare(
         std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
         for (needs, items) in &needed.items {
             let items: Vec<usize> = items.iter().copied().collect();
-            source.prepare(clip, &items, *needs, View::Fixed, &mut |event| match event {
-                Event::Progress { done, .. } => show.at((before + done) as u64, task),
-                Event::Warning(message) => show.note(&format!("warning: {message}")),
-            })?;
+            source.prepare(
+                clip,
+                &items,
+                *needs,
+                View::Fixed,
+                &mut |event| match event {
+                    Event::Progress { done, .. } => show.at((before + done) as u64, task),
+                    Event::Warning(message) => show.note(&format!("warning: {message}")),
+                },
+            )?;
             before += items.len();
         }
         needed.write_shown(clip, out, task)?;
@@ -92,11 +104,16 @@ impl Needed {
 /// Item `item` as the image tower sees it, before normalisation.
 fn png_of(clip: &Clip, source: &dyn ImageSource, item: usize) -> Result<Vec<u8>> {
     let preprocess = clip.preprocess();
-    let (side, pixels) = (preprocess.resolution, source.pixels(&[item], preprocess, View::Fixed)?);
+    let (side, pixels) = (
+        preprocess.resolution,
+        source.pixels(&[item], preprocess, View::Fixed)?,
+    );
     let channels = pixels.flatten_from(2)?.squeeze(0)?.to_vec2::<f32>()?;
     let mut rgb = vec![0u8; 3 * side * side];
-    for (c, (channel, (mean, std))) in
-        channels.iter().zip(preprocess.mean.iter().zip(preprocess.std)).enumerate()
+    for (c, (channel, (mean, std))) in channels
+        .iter()
+        .zip(preprocess.mean.iter().zip(preprocess.std))
+        .enumerate()
     {
         for (pixel, value) in rgb.iter_mut().skip(c).step_by(3).zip(channel) {
             // Saturates outside of 0 to 255.
@@ -121,11 +138,17 @@ impl Job {
         let train = &labelled.train;
         let mut learned_from = items(train.items());
         learned_from.extend(labelled.val.iter().flat_map(|val| items(val.items())));
-        let mut pictures =
-            vec![(self.key.task.clone(), train.source().clone(), learned_from, Vec::new())];
+        let mut pictures = vec![(
+            self.key.task.clone(),
+            train.source().clone(),
+            learned_from,
+            Vec::new(),
+        )];
         for test in tests {
             let all = items(test.split.items());
-            let shown = sample_positions(all.len()).filter_map(|p| all.get(p).copied()).collect();
+            let shown = sample_positions(all.len())
+                .filter_map(|p| all.get(p).copied())
+                .collect();
             pictures.push((test.task.clone(), test.split.source().clone(), all, shown));
         }
         Ok(pictures)

@@ -15,7 +15,17 @@ pub(crate) const FORMAT: &str = "cliptune result 1";
 
 /// What is trained on what, and measured where.
 #[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, clap::ValueEnum,
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Serialize,
+    Deserialize,
+    clap::ValueEnum,
 )]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Protocol {
@@ -56,7 +66,13 @@ pub(crate) struct RunKey {
 impl RunKey {
     /// The run's folder below the output folder.
     pub(crate) fn folder(&self) -> PathBuf {
-        let Self { protocol, task, contestant, shots, seed } = self;
+        let Self {
+            protocol,
+            task,
+            contestant,
+            shots,
+            seed,
+        } = self;
         [
             protocol.slug(),
             task,
@@ -76,7 +92,13 @@ impl RunKey {
 
 impl std::fmt::Display for RunKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { protocol, task, contestant, shots, seed } = self;
+        let Self {
+            protocol,
+            task,
+            contestant,
+            shots,
+            seed,
+        } = self;
         write!(f, "{} {task} {contestant}", protocol.slug())?;
         match shots {
             0 => Ok(()),
@@ -281,19 +303,38 @@ impl Measured {
         let n = self.classes.len();
         let square = self.confusion.len() == n && self.confusion.iter().all(|row| row.len() == n);
         if n == 0 || !square || self.per_class.len() != n {
-            bail!("`{}`: the confusion matrix does not fit the {n} classes", self.name);
+            bail!(
+                "`{}`: the confusion matrix does not fit the {n} classes",
+                self.name
+            );
         }
-        let counted = self.confusion.iter().flatten().try_fold(0u64, |sum, &c| sum.checked_add(c));
+        let counted = self
+            .confusion
+            .iter()
+            .flatten()
+            .try_fold(0u64, |sum, &c| sum.checked_add(c));
         if counted != Some(self.images) || self.images == 0 {
-            bail!("`{}`: the confusion matrix does not count {} pictures", self.name, self.images);
+            bail!(
+                "`{}`: the confusion matrix does not count {} pictures",
+                self.name,
+                self.images
+            );
         }
         let right: u64 = (0..n).filter_map(|i| self.confusion.get(i)?.get(i)).sum();
         let accuracy = 100.0 * right as f64 / self.images as f64;
-        if !((self.accuracy - accuracy).abs() < 1e-6) {
-            bail!("`{}`: accuracy {} is not that of the confusion matrix", self.name, self.accuracy);
+        if self.accuracy.is_nan() || (self.accuracy - accuracy).abs() > 1e-6 {
+            bail!(
+                "`{}`: accuracy {} is not that of the confusion matrix",
+                self.name,
+                self.accuracy
+            );
         }
         let known = |label: u32| (label as usize) < n;
-        if !self.samples.iter().all(|s| known(s.label) && known(s.predicted)) {
+        if !self
+            .samples
+            .iter()
+            .all(|s| known(s.label) && known(s.predicted))
+        {
             bail!("`{}`: a sample has no class", self.name);
         }
         Ok(())

@@ -69,8 +69,14 @@ impl Results {
     }
 
     /// Results of one task under one protocol.
-    pub(crate) fn of<'a>(&'a self, protocol: Protocol, task: &'a str) -> impl Iterator<Item = &'a Record> + Clone {
-        self.records.iter().filter(move |r| r.run.protocol == protocol && r.run.task == task)
+    pub(crate) fn of<'a>(
+        &'a self,
+        protocol: Protocol,
+        task: &'a str,
+    ) -> impl Iterator<Item = &'a Record> + Clone {
+        self.records
+            .iter()
+            .filter(move |r| r.run.protocol == protocol && r.run.task == task)
     }
 
     /// Tasks with results under `protocol`, in the order of the benchmark.
@@ -82,7 +88,12 @@ impl Results {
             .map(|r| r.run.task.as_str())
             .collect();
         let order: Vec<String> = builtin::tasks().into_iter().map(|task| task.slug).collect();
-        let place = |task: &&str| order.iter().position(|slug| slug == task).unwrap_or(order.len());
+        let place = |task: &&str| {
+            order
+                .iter()
+                .position(|slug| slug == task)
+                .unwrap_or(order.len())
+        };
         let mut tasks: Vec<&str> = with_results.into_iter().collect();
         tasks.sort_by_key(place);
         tasks
@@ -102,7 +113,10 @@ impl Results {
             Err(_) => Vec::new(),
         };
         let who = |r: &Record| Who {
-            place: order.iter().position(|slug| *slug == r.run.contestant).unwrap_or(order.len()),
+            place: order
+                .iter()
+                .position(|slug| *slug == r.run.contestant)
+                .unwrap_or(order.len()),
             slug: r.run.contestant.clone(),
             label: r.label.clone(),
             fixed: r.run.shots == 0,
@@ -113,7 +127,10 @@ impl Results {
 
     /// Numbers of shots under `protocol` on `task`, 0 left out.
     pub(crate) fn shots(&self, protocol: Protocol, task: &str) -> Vec<usize> {
-        let shots = self.of(protocol, task).map(|r| r.run.shots).filter(|shots| *shots > 0);
+        let shots = self
+            .of(protocol, task)
+            .map(|r| r.run.shots)
+            .filter(|shots| *shots > 0);
         shots.collect::<BTreeSet<_>>().into_iter().collect()
     }
 
@@ -125,7 +142,8 @@ impl Results {
         who: &'a Who,
         shots: usize,
     ) -> impl Iterator<Item = &'a Record> + Clone {
-        self.of(protocol, task).filter(move |r| r.run.contestant == who.slug && r.run.shots == shots)
+        self.of(protocol, task)
+            .filter(move |r| r.run.contestant == who.slug && r.run.shots == shots)
     }
 
     /// Results of one contestant at its largest number of shots.
@@ -135,53 +153,101 @@ impl Results {
         task: &'a str,
         who: &'a Who,
     ) -> impl Iterator<Item = &'a Record> + Clone {
-        let of_who = self.of(protocol, task).filter(|r| r.run.contestant == who.slug);
+        let of_who = self
+            .of(protocol, task)
+            .filter(|r| r.run.contestant == who.slug);
         let largest = of_who.map(|r| r.run.shots).max().unwrap_or(0);
         self.runs(protocol, task, who, largest)
     }
 
     /// Few-shot accuracy over seeds.
     pub(crate) fn few_shot(&self, task: &str, who: &Who, shots: usize) -> Option<Stat> {
-        Stat::of(self.runs(Protocol::FewShot, task, who, shots).filter_map(|r| r.accuracy("test")))
+        Stat::of(
+            self.runs(Protocol::FewShot, task, who, shots)
+                .filter_map(|r| r.accuracy("test")),
+        )
     }
 
     /// Accuracy of the contestant that learns nothing.
     pub(crate) fn zero_shot(&self, task: &str) -> Option<f64> {
-        let fixed = self.who(Protocol::FewShot, task).into_iter().find(|who| who.fixed)?;
+        let fixed = self
+            .who(Protocol::FewShot, task)
+            .into_iter()
+            .find(|who| who.fixed)?;
         Some(self.few_shot(task, &fixed, 0)?.mean)
     }
 
-    /// What learning did to classes that were not trained on, a sentence for each contestant and task.
-    pub(crate) fn on_new_classes(&self) -> Vec<String> {
-        let mut sentences = Vec::new();
-        for task in self.tasks(Protocol::BaseToNew) {
+    /// What learning did to classes that were not trained on: a sentence for each contestant, tasks called by `name`.
+    pub(crate) fn on_new_classes<'a>(&'a self, name: impl Fn(&'a str) -> &'a str) -> Vec<String> {
+        let mut learners: BTreeSet<Who> = BTreeSet::new();
+        let tasks = self.tasks(Protocol::BaseToNew);
+        for task in &tasks {
             let all = self.who(Protocol::BaseToNew, task);
-            let new = |who: &Who| {
-                let runs = self.best_taught(Protocol::BaseToNew, task, who);
-                Stat::of(runs.filter_map(|r| r.accuracy("new")))
-            };
-            let Some(before) = all.iter().find(|who| who.fixed).and_then(new) else { continue };
-            for who in all.iter().filter(|who| !who.fixed) {
-                if let Some(after) = new(who) {
-                    sentences.push(lost(&who.label, task, before.mean, after));
-                }
-            }
+            learners.extend(all.into_iter().filter(|who| !who.fixed));
         }
-        sentences
+        let sentence = |who: &Who| {
+            let verdict = |task: &&'a str| Some((name(task), self.change_on_new(task, who)?));
+            let verdicts: Vec<(&str, Change)> = tasks.iter().filter_map(verdict).collect();
+            (!verdicts.is_empty()).then(|| lost(&who.label, &verdicts))
+        };
+        learners.iter().filter_map(sentence).collect()
+    }
+
+    /// Accuracy on new classes after learning, less zero-shot's.
+    fn change_on_new(&self, task: &str, who: &Who) -> Option<Change> {
+        let new = |who: &Who| {
+            let runs = self.best_taught(Protocol::BaseToNew, task, who);
+            Stat::of(runs.filter_map(|r| r.accuracy("new")))
+        };
+        let all = self.who(Protocol::BaseToNew, task);
+        let before = all.iter().find(|who| who.fixed).and_then(new)?;
+        let after = new(who)?;
+        Some(Change {
+            points: after.mean - before.mean,
+            spread: after.spread(),
+        })
     }
 }
 
-/// Whether `after` is below `before` by more than its own spread.
-fn lost(label: &str, task: &str, before: f64, after: Stat) -> String {
-    let change = after.mean - before;
-    let figures = format!("{before:.1} before, {after} after learning on the base classes");
-    if change.abs() <= after.spread() || change.abs() < 0.05 {
-        format!("On {task}, {label} neither loses nor gains on new classes beyond the spread: {figures}.")
-    } else if change < 0.0 {
-        format!("On {task}, {label} loses {:.1} points on new classes: {figures}.", -change)
-    } else {
-        format!("On {task}, {label} loses nothing on new classes, it gains {change:.1} points: {figures}.")
+/// A difference and how far chance alone may move it.
+#[derive(Clone, Copy, Debug)]
+struct Change {
+    points: f64,
+    spread: f64,
+}
+
+impl Change {
+    fn is_clear(&self) -> bool {
+        self.points.abs() > self.spread && self.points.abs() >= 0.05
     }
+}
+
+/// Where learning cost accuracy on new classes, where it gained and where neither is clear.
+fn lost(label: &str, verdicts: &[(&str, Change)]) -> String {
+    let list = |of: &dyn Fn(&Change) -> bool| -> Vec<String> {
+        let named = verdicts.iter().filter(|(_, change)| of(change));
+        named
+            .map(|(task, change)| format!("{task} ({:+.1})", change.points))
+            .collect()
+    };
+    let losses = list(&|change| change.is_clear() && change.points < 0.0);
+    let gains = list(&|change| change.is_clear() && change.points > 0.0);
+    let unclear = list(&|change| !change.is_clear());
+    let mut text = match losses.is_empty() {
+        true => format!("{label} loses nothing on new classes beyond the spread over seeds"),
+        false => format!("{label} loses on the new classes of {}", losses.join(", ")),
+    };
+    if !gains.is_empty() {
+        text.push_str(&format!("; it gains on {}", gains.join(", ")));
+    }
+    if !unclear.is_empty() {
+        text.push_str(&format!(
+            "; no change beyond the spread on {}",
+            unclear.join(", ")
+        ));
+    }
+    text.push_str(". (Points against zero-shot.)");
+    text
 }
 
 #[cfg(test)]
@@ -198,9 +264,19 @@ mod tests {
 
     #[test]
     fn a_loss_is_one_only_beyond_the_spread() {
-        let stat = |mean, sd| Stat { mean, sd: Some(sd) };
-        assert!(lost("CoOp", "a", 60.0, stat(55.0, 1.0)).contains("loses 5.0 points"));
-        assert!(lost("CoOp", "a", 60.0, stat(59.0, 2.0)).contains("neither loses nor gains"));
-        assert!(lost("CoOp", "a", 60.0, stat(66.0, 2.0)).contains("gains 6.0 points"));
+        let change = |points, spread| Change { points, spread };
+        let all = [
+            ("a", change(-5.0, 1.0)),
+            ("b", change(-1.0, 2.0)),
+            ("c", change(6.0, 2.0)),
+        ];
+        assert_eq!(
+            lost("CoOp", &all),
+            "CoOp loses on the new classes of a (-5.0); it gains on c (+6.0); no change beyond the spread on b (-1.0). (Points against zero-shot.)"
+        );
+        assert!(
+            lost("CoOp", &all[1..])
+                .starts_with("CoOp loses nothing on new classes beyond the spread")
+        );
     }
 }

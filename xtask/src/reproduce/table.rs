@@ -19,12 +19,22 @@ pub(crate) fn text(results: &Results) -> String {
 
 /// Accuracy and cost at the largest number of shots.
 fn taught(results: &Results) -> String {
-    let heading = ["task", "method", "shots", "accuracy, %", "learned numbers", "fit", "peak memory"];
+    let heading = [
+        "task",
+        "method",
+        "shots",
+        "accuracy, %",
+        "learned numbers",
+        "fit",
+        "peak memory",
+    ];
     let mut table = Table::new(&heading, 2);
     for task in results.learned_tasks() {
         for who in results.who(Protocol::FewShot, task) {
             let runs = results.best_taught(Protocol::FewShot, task, &who);
-            let Some(first) = runs.clone().next() else { continue };
+            let Some(first) = runs.clone().next() else {
+                continue;
+            };
             let accuracy = Stat::of(runs.clone().filter_map(|r| r.accuracy("test")));
             table.row([
                 task.to_owned(),
@@ -43,7 +53,10 @@ fn taught(results: &Results) -> String {
 /// Mean fit time of `runs`; nothing for what does not fit.
 pub(crate) fn fit_time<'a>(runs: impl Iterator<Item = &'a Record>) -> String {
     let seconds = Stat::of(runs.filter(|r| r.run.shots > 0).map(|r| r.seconds.fit));
-    seconds.map_or_else(|| "–".to_owned(), |seconds| format!("{:.1} s", seconds.mean))
+    seconds.map_or_else(
+        || "–".to_owned(),
+        |seconds| format!("{:.1} s", seconds.mean),
+    )
 }
 
 /// Largest memory of `runs`.
@@ -61,7 +74,7 @@ pub(crate) fn thousands(number: usize) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
             text.push('\u{202f}');
         }
         text.push(digit);
@@ -72,8 +85,10 @@ pub(crate) fn thousands(number: usize) -> String {
 /// Accuracy by number of shots.
 fn by_shots(results: &Results) -> String {
     let tasks = results.learned_tasks();
-    let mut shots: Vec<usize> =
-        tasks.iter().flat_map(|task| results.shots(Protocol::FewShot, task)).collect();
+    let mut shots: Vec<usize> = tasks
+        .iter()
+        .flat_map(|task| results.shots(Protocol::FewShot, task))
+        .collect();
     shots.sort_unstable();
     shots.dedup();
     if shots.len() < 2 {
@@ -102,7 +117,9 @@ fn base_to_new(results: &Results) -> String {
     for task in results.tasks(Protocol::BaseToNew) {
         for who in results.who(Protocol::BaseToNew, task) {
             let runs = results.best_taught(Protocol::BaseToNew, task, &who);
-            let of = |figure: fn(&Record) -> Option<f64>| shown(Stat::of(runs.clone().filter_map(figure)));
+            let of = |figure: fn(&Record) -> Option<f64>| {
+                shown(Stat::of(runs.clone().filter_map(figure)))
+            };
             table.row([
                 task.to_owned(),
                 who.label.clone(),
@@ -113,7 +130,7 @@ fn base_to_new(results: &Results) -> String {
         }
     }
     let mut text = table.titled("Base to new: learned on the base classes only");
-    for sentence in results.on_new_classes() {
+    for sentence in results.on_new_classes(|task| task) {
         text.push_str(&format!("{sentence}\n"));
     }
     text
@@ -122,7 +139,9 @@ fn base_to_new(results: &Results) -> String {
 fn domain_shift(results: &Results) -> String {
     let mut parts = String::new();
     for task in results.tasks(Protocol::DomainShift) {
-        let Some(first) = results.of(Protocol::DomainShift, task).next() else { continue };
+        let Some(first) = results.of(Protocol::DomainShift, task).next() else {
+            continue;
+        };
         let names: Vec<&str> = first.tests.iter().map(|test| test.name.as_str()).collect();
         let mut heading = vec!["method"];
         heading.extend(names.iter().map(|name| style(name, task)));
@@ -131,25 +150,35 @@ fn domain_shift(results: &Results) -> String {
         for who in results.who(Protocol::DomainShift, task) {
             let runs = results.best_taught(Protocol::DomainShift, task, &who);
             let mut row = vec![who.label.clone()];
-            row.extend(names.iter().map(|name| shown(Stat::of(runs.clone().filter_map(|r| r.accuracy(name))))));
+            row.extend(
+                names
+                    .iter()
+                    .map(|name| shown(Stat::of(runs.clone().filter_map(|r| r.accuracy(name))))),
+            );
             row.push(shown(Stat::of(runs.filter_map(Record::shifted))));
             table.row(row);
         }
-        parts.push_str(&table.titled(&format!("Domain shift: learned on {task}, measured in other styles, %")));
+        parts.push_str(&table.titled(&format!(
+            "Domain shift: learned on {task}, measured in other styles, %"
+        )));
     }
     parts
 }
 
 /// `sketch` of `shape-sketch`.
 pub(crate) fn style<'a>(name: &'a str, task: &str) -> &'a str {
-    name.strip_prefix(task).and_then(|rest| rest.strip_prefix('-')).unwrap_or("as learned")
+    name.strip_prefix(task)
+        .and_then(|rest| rest.strip_prefix('-'))
+        .unwrap_or("as learned")
 }
 
 /// What CLIP knows without learning.
 fn zero_shot(results: &Results) -> String {
     let mut table = Table::new(&["task", "classes", "chance, %", "zero-shot, %"], 1);
     for task in results.tasks(Protocol::FewShot) {
-        let Some((accuracy, n_cls)) = zero_shot_of(results, task) else { continue };
+        let Some((accuracy, n_cls)) = zero_shot_of(results, task) else {
+            continue;
+        };
         table.row([
             task.to_owned(),
             n_cls.to_string(),
@@ -163,7 +192,10 @@ fn zero_shot(results: &Results) -> String {
 /// Zero-shot accuracy and number of classes of a task.
 pub(crate) fn zero_shot_of(results: &Results, task: &str) -> Option<(f64, usize)> {
     let fixed = |who: &Who| who.fixed;
-    let who = results.who(Protocol::FewShot, task).into_iter().find(fixed)?;
+    let who = results
+        .who(Protocol::FewShot, task)
+        .into_iter()
+        .find(fixed)?;
     let record = results.runs(Protocol::FewShot, task, &who, 0).next()?;
     let test = record.test("test")?;
     Some((test.accuracy, test.classes.len()))
@@ -171,8 +203,12 @@ pub(crate) fn zero_shot_of(results: &Results, task: &str) -> Option<(f64, usize)
 
 /// What the numbers mean.
 fn legend(results: &Results) -> String {
-    let seeds: std::collections::BTreeSet<u64> =
-        results.all().iter().filter(|r| r.run.shots > 0).map(|r| r.run.seed).collect();
+    let seeds: std::collections::BTreeSet<u64> = results
+        .all()
+        .iter()
+        .filter(|r| r.run.shots > 0)
+        .map(|r| r.run.seed)
+        .collect();
     let seeds: Vec<String> = seeds.iter().map(ToString::to_string).collect();
     let mut text = String::new();
     if !seeds.is_empty() {
@@ -182,15 +218,20 @@ fn legend(results: &Results) -> String {
         ));
     }
     if let Some(epochs) = epochs(results) {
-        text.push_str(&format!("Trained for {epochs}; the papers train for 50 to 200.\n"));
+        text.push_str(&format!(
+            "Trained for {epochs}; the papers train for 50 to 200.\n"
+        ));
     }
     text
 }
 
 /// How long was trained, in words; nothing if nothing was.
 pub(crate) fn epochs(results: &Results) -> Option<String> {
-    let lengths: std::collections::BTreeSet<usize> =
-        results.all().iter().filter_map(|r| Some(r.training.as_ref()?.epochs.len())).collect();
+    let lengths: std::collections::BTreeSet<usize> = results
+        .all()
+        .iter()
+        .filter_map(|r| Some(r.training.as_ref()?.epochs.len()))
+        .collect();
     match (lengths.first(), lengths.last()) {
         (Some(least), Some(most)) if least == most => Some(format!("{least} epochs")),
         (Some(least), Some(most)) => Some(format!("{least} to {most} epochs")),
@@ -207,7 +248,10 @@ struct Table {
 impl Table {
     fn new(heading: &[&str], left: usize) -> Self {
         let heading = heading.iter().map(|cell| (*cell).to_owned()).collect();
-        Self { rows: vec![heading], left }
+        Self {
+            rows: vec![heading],
+            left,
+        }
     }
 
     fn row(&mut self, cells: impl IntoIterator<Item = String>) {
@@ -221,7 +265,14 @@ impl Table {
         }
         let wide = |cell: &String| cell.chars().count();
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
-        let width = |column| self.rows.iter().filter_map(|row| row.get(column)).map(wide).max().unwrap_or(0);
+        let width = |column| {
+            self.rows
+                .iter()
+                .filter_map(|row| row.get(column))
+                .map(wide)
+                .max()
+                .unwrap_or(0)
+        };
         let widths: Vec<usize> = (0..columns).map(width).collect();
         let mut text = format!("{title}\n");
         // A task's name stands once.

@@ -46,7 +46,9 @@ impl Source {
     /// A data set that cannot be opened.
     pub(crate) fn new(root: Option<&Path>) -> Result<Self> {
         let Some(root) = root else {
-            return Ok(Self::BuiltIn { pictures: builtin::fingerprint() });
+            return Ok(Self::BuiltIn {
+                pictures: builtin::fingerprint(),
+            });
         };
         let root = std::path::absolute(root).with_context(|| root.display().to_string())?;
         let lists = Dataset::open(&root)?.fingerprint();
@@ -81,12 +83,17 @@ impl Source {
         match self {
             Self::BuiltIn { pictures } => {
                 let task = builtin::Drawn::new(slug, pictures);
-                Ok(Opened::Drawn(task.ok_or_else(|| anyhow!("no such task `{slug}`"))?))
+                Ok(Opened::Drawn(
+                    task.ok_or_else(|| anyhow!("no such task `{slug}`"))?,
+                ))
             }
             Self::DataSet { root, lists } => {
                 let dataset = Dataset::open(root)?;
                 if dataset.fingerprint() != *lists {
-                    bail!("{}: the data have changed since the call began", root.display());
+                    bail!(
+                        "{}: the data have changed since the call began",
+                        root.display()
+                    );
                 }
                 Ok(Opened::Files(Box::new(dataset)))
             }
@@ -96,7 +103,13 @@ impl Source {
 
 fn of_data_set(root: &Path, dataset: &Dataset) -> Task {
     let name = root.file_stem().unwrap_or_default().to_string_lossy();
-    let plain = |c: char| if c.is_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
+    let plain = |c: char| {
+        if c.is_alphanumeric() {
+            c.to_ascii_lowercase()
+        } else {
+            '-'
+        }
+    };
     let slug: String = name.chars().map(plain).collect();
     let n_cls = dataset.classes().len();
     Task {

@@ -17,7 +17,8 @@ use serde_json::Value;
 
 use super::folder::{FEATURES, PICTURES};
 use super::record::{
-    DataNote, FORMAT, Machine, Measured, Protocol, Record, Revision, RunKey, Sample, Seconds, TaskNote,
+    DataNote, FORMAT, Machine, Measured, Protocol, Record, Revision, RunKey, Sample, Seconds,
+    TaskNote,
 };
 use super::tasks::Source;
 
@@ -66,7 +67,10 @@ impl Job {
         let started = Instant::now();
         let clip = Clip::load(&self.clip).context("the CLIP weights cannot be used")?;
         if clip.weights_hash() != self.weights_hash {
-            bail!("{}: the weights have changed since the call began", self.clip.display());
+            bail!(
+                "{}: the weights have changed since the call began",
+                self.clip.display()
+            );
         }
         let load = started.elapsed().as_secs_f64();
 
@@ -102,7 +106,9 @@ impl Job {
             logit_scale: clip.scale(),
             data: DataNote {
                 train_images: train.len(),
-                train: (!train.is_empty()).then(|| train.fingerprint()).transpose()?,
+                train: (!train.is_empty())
+                    .then(|| train.fingerprint())
+                    .transpose()?,
             },
             machine: Machine {
                 device: "cpu".to_owned(),
@@ -112,7 +118,12 @@ impl Job {
             },
             version: env!("CARGO_PKG_VERSION").to_owned(),
             revision: self.revision.clone(),
-            seconds: Seconds { load, encode, fit, evaluate },
+            seconds: Seconds {
+                load,
+                encode,
+                fit,
+                evaluate,
+            },
             peak_memory_bytes: peak_memory(),
             learned: learned.iter().map(|(_, tensor)| tensor.elem_count()).sum(),
             training: predictor.training().cloned(),
@@ -123,7 +134,10 @@ impl Job {
     /// What is learned from, and what is measured on.
     pub(super) fn data(&self) -> Result<(Labelled, Vec<TestSet>)> {
         let task = &self.key.task;
-        let drawn = self.source.open(task)?.few_shot(self.key.shots, self.key.seed)?;
+        let drawn = self
+            .source
+            .open(task)?
+            .few_shot(self.key.shots, self.key.seed)?;
         let test = |name: &str, title: &str, task: &str, drawn: &FewShot| TestSet {
             name: name.to_owned(),
             title: title.to_owned(),
@@ -164,13 +178,22 @@ impl Job {
         labelled: &Labelled,
         tests: &mut [TestSet],
     ) -> Result<Labelled> {
-        let recipe = self.config.get("train").cloned().map(serde_json::from_value::<Recipe>);
+        let recipe = self
+            .config
+            .get("train")
+            .cloned()
+            .map(serde_json::from_value::<Recipe>);
         let views = match recipe.transpose()? {
             Some(recipe) => train::views_to_prepare(&recipe, needs, self.key.seed),
             None => None,
         };
         let views = views.unwrap_or_else(|| vec![View::Fixed]);
-        let source = cached(&self.out, &self.key.task, labelled.train.source().clone(), clip);
+        let source = cached(
+            &self.out,
+            &self.key.task,
+            labelled.train.source().clone(),
+            clip,
+        );
         let mut items: Vec<usize> = labelled.train.items().iter().map(|item| item.0).collect();
         for view in views {
             source.prepare(clip, &items, needs, view, &mut |_| {})?;
@@ -231,10 +254,15 @@ impl TestSet {
         let labels: Vec<u32> = self.split.labels().collect();
         let positions: Vec<usize> = (0..labels.len()).collect();
         let images = |positions: &[usize]| -> Result<ImageBatch> {
-            Ok(self.split.images(clip, positions, predictor.needs(), View::Fixed)?)
+            Ok(self
+                .split
+                .images(clip, positions, predictor.needs(), View::Fixed)?)
         };
         let of = |positions: &[usize]| -> Vec<u32> {
-            positions.iter().filter_map(|&p| labels.get(p).copied()).collect()
+            positions
+                .iter()
+                .filter_map(|&p| labels.get(p).copied())
+                .collect()
         };
         let mut confusion = Confusion::new(self.classes.len());
         for batch in positions.chunks(EVALUATION_BATCH) {
@@ -255,7 +283,12 @@ impl TestSet {
         })
     }
 
-    fn samples(&self, shown: &[usize], labels: &[u32], probabilities: &candle_core::Tensor) -> Result<Vec<Sample>> {
+    fn samples(
+        &self,
+        shown: &[usize],
+        labels: &[u32],
+        probabilities: &candle_core::Tensor,
+    ) -> Result<Vec<Sample>> {
         let best = metrics::top_k(probabilities, 1)?;
         let each = |((position, label), best): ((&usize, &u32), Vec<(u32, f32)>)| {
             let (item, _) = self.split.items().get(*position)?;
@@ -267,14 +300,21 @@ impl TestSet {
                 probability: f64::from(probability),
             })
         };
-        Ok(shown.iter().zip(labels).zip(best).filter_map(each).collect())
+        Ok(shown
+            .iter()
+            .zip(labels)
+            .zip(best)
+            .filter_map(each)
+            .collect())
     }
 }
 
 /// The largest resident memory of this process so far, bytes.
 fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
 }

@@ -5,7 +5,7 @@ use super::html::escape;
 const WIDTH: f64 = 360.0;
 const HEIGHT: f64 = 250.0;
 const LEFT: f64 = 40.0;
-const RIGHT: f64 = 96.0;
+const RIGHT: f64 = 112.0;
 const TOP: f64 = 12.0;
 const BOTTOM: f64 = 40.0;
 /// Least distance of two lines of text.
@@ -19,7 +19,7 @@ pub(super) struct Point {
     pub(super) spread: f64,
 }
 
-/// A line with marks.
+/// A line with marks, or a mark.
 #[derive(Clone, Debug)]
 pub(super) struct Series {
     pub(super) label: String,
@@ -66,7 +66,9 @@ impl Chart {
                 WIDTH - RIGHT
             ));
         }
-        self.series.iter().for_each(|series| svg.push_str(&series.svg(&axes)));
+        self.series
+            .iter()
+            .for_each(|series| svg.push_str(&series.svg(&axes)));
         svg.push_str(&self.names(&axes));
         svg.push_str("</svg>");
         svg
@@ -108,18 +110,28 @@ impl Chart {
             let last = series.points.last()?;
             Some((axes.y(last.y), series.place, series.label.as_str()))
         });
-        let levels = self.levels.iter().map(|(name, place, y)| (axes.y(*y), *place, name.as_str()));
-        let mut names: Vec<(f64, usize, Vec<&str>)> =
-            ends.chain(levels).map(|(y, place, name)| (y, place, name.split(", ").collect())).collect();
+        let levels = self
+            .levels
+            .iter()
+            .map(|(name, place, y)| (axes.y(*y), *place, name.as_str()));
+        let mut names: Vec<(f64, usize, Vec<&str>)> = ends
+            .chain(levels)
+            .map(|(y, place, name)| (y, place, name.split(", ").collect()))
+            .collect();
         names.sort_by(|a, b| a.0.total_cmp(&b.0));
         move_apart(&mut names);
         let mut svg = String::new();
         for (y, place, lines) in names {
+            svg.push_str(&format!(
+                "<g class=\"{}\">{}</g>",
+                color(place),
+                mark(place, WIDTH - RIGHT + 12.0, y)
+            ));
             for (i, line) in lines.iter().enumerate() {
                 svg.push_str(&format!(
                     "<text class=\"name {}\" x=\"{}\" y=\"{:.1}\">{}</text>",
                     color(place),
-                    WIDTH - RIGHT + 9.0,
+                    WIDTH - RIGHT + 21.0,
                     y + 4.0 + LINE * i as f64,
                     escape(line)
                 ));
@@ -148,7 +160,12 @@ impl Series {
         let mut svg = format!("<g class=\"{}\">", color(self.place));
         let at = |p: &Point| format!("{:.1},{:.1}", axes.x(p.x), axes.y(p.y));
         let path: Vec<String> = self.points.iter().map(at).collect();
-        svg.push_str(&format!("<polyline class=\"line\" points=\"{}\"/>", path.join(" ")));
+        if path.len() > 1 {
+            svg.push_str(&format!(
+                "<polyline class=\"line\" points=\"{}\"/>",
+                path.join(" ")
+            ));
+        }
         for point in &self.points {
             let (x, y) = (axes.x(point.x), axes.y(point.y));
             if point.spread > 0.0 {
@@ -188,16 +205,24 @@ struct Axes {
 impl Axes {
     fn of(chart: &Chart) -> Self {
         let points = || chart.series.iter().flat_map(|series| &series.points);
-        let xs = points().map(|p| p.x).chain(chart.x_ticks.iter().map(|tick| tick.0));
+        let xs = points()
+            .map(|p| p.x)
+            .chain(chart.x_ticks.iter().map(|tick| tick.0));
         let ys = points()
             .flat_map(|p| [p.y - p.spread, p.y + p.spread])
             .chain(chart.levels.iter().map(|level| level.2));
         let (x, y) = (range(xs), range(ys));
-        let step = [1.0, 2.0, 5.0, 10.0, 20.0].into_iter().find(|step| (y.1 - y.0) / step <= 6.0);
+        let step = [1.0, 2.0, 5.0, 10.0, 20.0]
+            .into_iter()
+            .find(|step| (y.1 - y.0) / step <= 6.0);
         let step = step.unwrap_or(25.0);
-        let margin = ((x.1 - x.0) * 0.06).max(1e-3);
+        let margin = ((x.1 - x.0) * 0.06).max(0.1);
         let y = ((y.0 / step).floor() * step, (y.1 / step).ceil() * step);
-        Self { x: (x.0 - margin, x.1 + margin), y: (y.0, y.1.max(y.0 + step)), step }
+        Self {
+            x: (x.0 - margin, x.1 + margin),
+            y: (y.0, y.1.max(y.0 + step)),
+            step,
+        }
     }
 
     fn x(&self, value: f64) -> f64 {
@@ -217,16 +242,29 @@ impl Axes {
 }
 
 fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
-    values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)))
+    values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| {
+        (low.min(v), high.max(v))
+    })
 }
 
-/// Rows of a dot for each contestant: `(row, dots as (place, value, spread))`.
-pub(super) fn dots(title: &str, x_title: &str, rows: &[(String, Vec<(usize, f64, f64)>)]) -> String {
+/// A contestant's value in a row of [`dots`].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Dot {
+    /// Decides on colour and mark.
+    pub(super) place: usize,
+    pub(super) value: f64,
+    pub(super) spread: f64,
+}
+
+/// Rows with a dot for each contestant.
+pub(super) fn dots(title: &str, x_title: &str, rows: &[(String, Vec<Dot>)]) -> String {
     const NAMES: f64 = 78.0;
     const EACH: f64 = 30.0;
     let right = WIDTH - 14.0;
     let values = rows.iter().flat_map(|row| &row.1);
-    let highest = values.map(|(_, value, spread)| value + spread).fold(10.0, f64::max);
+    let highest = values
+        .map(|dot| dot.value + dot.spread)
+        .fold(10.0, f64::max);
     let limit = (highest / 10.0).ceil() * 10.0;
     let at = |value: f64| NAMES + (right - NAMES) * value.max(0.0) / limit;
     let height = rows.len() as f64 * EACH + 40.0;
@@ -250,15 +288,20 @@ pub(super) fn dots(title: &str, x_title: &str, rows: &[(String, Vec<(usize, f64,
             middle + 4.0,
             escape(name)
         ));
-        for (j, (place, value, spread)) in row.iter().enumerate() {
+        for (j, dot) in row.iter().enumerate() {
+            let Dot {
+                place,
+                value,
+                spread,
+            } = *dot;
             // One below the other, so that equal values stay apart.
             let y = middle + 7.0 * (j as f64 - (row.len() as f64 - 1.0) / 2.0);
             svg.push_str(&format!(
                 "<g class=\"{}\"><line class=\"spread\" x1=\"{:.1}\" x2=\"{:.1}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>{}</g>",
-                color(*place),
+                color(place),
                 at(value - spread),
                 at(value + spread),
-                mark(*place, at(*value), y)
+                mark(place, at(value), y)
             ));
         }
     }
@@ -292,7 +335,11 @@ pub(super) fn heat(title: &str, classes: &[String], shares: &[Vec<f64>]) -> Stri
         ));
     }
     for (row, of_class) in shares.iter().enumerate() {
-        for (column, share) in of_class.iter().enumerate().filter(|(_, share)| **share > 0.0) {
+        for (column, share) in of_class
+            .iter()
+            .enumerate()
+            .filter(|(_, share)| **share > 0.0)
+        {
             let (x, y) = (NAMES + CELL * column as f64, NAMES + CELL * row as f64);
             let names = [row, column].map(|i| classes.get(i).map_or("", String::as_str));
             svg.push_str(&format!(

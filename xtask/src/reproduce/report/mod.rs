@@ -15,24 +15,46 @@ pub(crate) fn html(results: &Results, out: &Path) -> String {
     let parts = [
         ("findings", "What came out", sections::findings(results)),
         ("setting", "What was run", sections::setting(results)),
-        ("few-shot", "Few-shot: accuracy and cost", sections::few_shot(results)),
+        (
+            "few-shot",
+            "Few-shot: accuracy and cost",
+            sections::few_shot(results),
+        ),
         ("base-to-new", "Base to new", sections::base_to_new(results)),
-        ("domain-shift", "Domain shift", sections::domain_shift(results, out)),
+        (
+            "domain-shift",
+            "Domain shift",
+            sections::domain_shift(results, out),
+        ),
         ("classes", "Class by class", details::classes(results)),
         ("pictures", "Test pictures", details::pictures(results, out)),
-        ("zero-shot", "Zero-shot on every task", sections::zero_shot(results)),
+        (
+            "zero-shot",
+            "Zero-shot on every task",
+            sections::zero_shot(results),
+        ),
     ];
-    let parts: Vec<_> = parts.into_iter().filter(|(_, _, text)| !text.is_empty()).collect();
-    let links: String =
-        parts.iter().map(|(id, title, _)| format!("<a href=\"#{id}\">{title}</a> ")).collect();
+    let parts: Vec<_> = parts
+        .into_iter()
+        .filter(|(_, _, text)| !text.is_empty())
+        .collect();
+    let links: String = parts
+        .iter()
+        .map(|(id, title, _)| format!("<a href=\"#{id}\">{title}</a> "))
+        .collect();
     let sections: String = parts
         .iter()
-        .map(|(id, title, text)| format!("<section id=\"{id}\"><h2>{title}</h2>\n{text}</section>\n"))
+        .map(|(id, title, text)| {
+            format!("<section id=\"{id}\"><h2>{title}</h2>\n{text}</section>\n")
+        })
         .collect();
-    format!(
+    let page = format!(
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"/><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/><title>{title}</title><style>{style}</style></head>\n<body><main>\n<h1>{title}</h1>\n{lead}\n<nav aria-label=\"Sections\">{links}</nav>\n{sections}</main></body></html>\n",
         title = escape("cliptune: what the methods learn from a few pictures"),
         style = include_str!("style.css"),
         lead = sections::lead(results),
-    )
+    );
+    // A number and its sign stay on one line.
+    page.replace(" %", "\u{a0}%")
+        .replace(" ± ", "\u{a0}±\u{a0}")
 }
