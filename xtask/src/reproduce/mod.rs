@@ -13,8 +13,6 @@ mod report;
 mod summary;
 mod table;
 mod tasks;
-#[cfg(test)]
-mod tests;
 mod worker;
 
 use std::path::{Path, PathBuf};
@@ -32,7 +30,7 @@ use self::folder::{Folder, Purpose, REPORT};
 use self::plan::{Planned, Wish, plan};
 use self::pool::{Failure, Pool};
 use self::progress::Show;
-use self::record::{Protocol, Revision};
+use self::record::{Protocol, Revision, count};
 use self::summary::Results;
 use self::tasks::Source;
 use self::worker::Job;
@@ -161,8 +159,8 @@ impl Args {
             out::error(&format!("all {} runs are there already", planned.len()));
         } else {
             out::error(&format!(
-                "{} runs to make, {} there already, on {}",
-                missing.len(),
+                "{} to make, {} there already, on {}",
+                count(missing.len(), "run"),
                 planned.len() - missing.len(),
                 clip.arch().name()
             ));

@@ -217,3 +217,90 @@ impl Part<'_> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reproduce::contestants::choose;
+
+    fn wish(tasks: &[&str], protocols: &[Protocol]) -> Result<Wish> {
+        Ok(Wish {
+            contestants: choose(&["zeroshot".into(), "coop".into()], &[])?,
+            protocols: protocols.to_vec(),
+            tasks: tasks.iter().map(|task| (*task).to_owned()).collect(),
+            shots: vec![16, 1],
+            seeds: vec![1, 2, 3],
+        })
+    }
+
+    fn source() -> Source {
+        Source::BuiltIn {
+            pictures: String::new(),
+        }
+    }
+
+    #[test]
+    fn zero_shot_runs_once_on_every_task_and_the_rest_on_those_with_something_to_learn()
+    -> Result<()> {
+        let runs = plan(&wish(&[], &[])?, &source())?;
+        let of = |protocol, fixed| {
+            let of = |run: &&Planned| {
+                run.key.protocol == protocol && (run.key.contestant == "zeroshot") == fixed
+            };
+            runs.iter().filter(of).count()
+        };
+        assert_eq!(of(Protocol::FewShot, true), builtin::tasks().len());
+        // Two contestants, two numbers of shots, three seeds.
+        assert_eq!(of(Protocol::FewShot, false), builtin::FEW_SHOT.len() * 12);
+        // Class-specific contexts serve no new classes.
+        assert_eq!(of(Protocol::BaseToNew, true), builtin::BASE_TO_NEW.len());
+        assert_eq!(
+            of(Protocol::BaseToNew, false),
+            builtin::BASE_TO_NEW.len() * 3
+        );
+        assert_eq!(
+            (
+                of(Protocol::DomainShift, true),
+                of(Protocol::DomainShift, false)
+            ),
+            (1, 6)
+        );
+        let shift = runs
+            .iter()
+            .find(|run| run.key.protocol == Protocol::DomainShift);
+        assert!(shift.is_some_and(|run| run.also_on.len() > 1));
+        let mut folders: Vec<_> = runs.iter().map(|run| run.key.folder()).collect();
+        folders.sort();
+        folders.dedup();
+        assert_eq!(folders.len(), runs.len());
+        Ok(())
+    }
+
+    #[test]
+    fn every_default_task_exists() {
+        let known: Vec<String> = builtin::tasks().into_iter().map(|task| task.slug).collect();
+        let defaults = [
+            builtin::FEW_SHOT,
+            builtin::BASE_TO_NEW,
+            &[builtin::SHIFT_FROM],
+        ]
+        .concat();
+        for task in defaults {
+            assert!(known.iter().any(|slug| slug == task), "{task}");
+        }
+    }
+
+    #[test]
+    fn domain_shift_needs_its_task() -> Result<()> {
+        let message = |tasks: &[&str]| -> Result<String> {
+            let wish = wish(tasks, &[Protocol::DomainShift])?;
+            Ok(plan(&wish, &source())
+                .map(|runs| runs.len())
+                .unwrap_err()
+                .to_string())
+        };
+        assert!(message(&["texture"])?.contains("add it to --tasks"));
+        assert!(plan(&wish(&["shape"], &[Protocol::DomainShift])?, &source()).is_ok());
+        Ok(())
+    }
+}

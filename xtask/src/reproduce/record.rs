@@ -10,6 +10,11 @@ use cliptune::train::History;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+/// `1 run`, `2 runs`.
+pub(crate) fn count(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
 /// What a result file says it is.
 pub(crate) const FORMAT: &str = "cliptune result 1";
 
@@ -102,7 +107,7 @@ impl std::fmt::Display for RunKey {
         write!(f, "{} {task} {contestant}", protocol.slug())?;
         match shots {
             0 => Ok(()),
-            _ => write!(f, ", {shots} shots, seed {seed}"),
+            _ => write!(f, ", {}, seed {seed}", count(*shots, "shot")),
         }
     }
 }

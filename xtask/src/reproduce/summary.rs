@@ -222,12 +222,17 @@ impl Change {
     }
 }
 
+/// `+1.0` or `−1.0`.
+fn signed(points: f64) -> String {
+    format!("{points:+.1}").replace('-', "−")
+}
+
 /// Where learning cost accuracy on new classes, where it gained and where neither is clear.
 fn lost(label: &str, verdicts: &[(&str, Change)]) -> String {
     let list = |of: &dyn Fn(&Change) -> bool| -> Vec<String> {
         let named = verdicts.iter().filter(|(_, change)| of(change));
         named
-            .map(|(task, change)| format!("{task} ({:+.1})", change.points))
+            .map(|(task, change)| format!("{task} ({})", signed(change.points)))
             .collect()
     };
     let losses = list(&|change| change.is_clear() && change.points < 0.0);
@@ -272,7 +277,7 @@ mod tests {
         ];
         assert_eq!(
             lost("CoOp", &all),
-            "CoOp loses on the new classes of a (-5.0); it gains on c (+6.0); no change beyond the spread on b (-1.0). (Points against zero-shot.)"
+            "CoOp loses on the new classes of a (−5.0); it gains on c (+6.0); no change beyond the spread on b (−1.0). (Points against zero-shot.)"
         );
         assert!(
             lost("CoOp", &all[1..])

@@ -106,52 +106,78 @@ impl Chart {
 
     /// Names at the right ends of the lines, moved apart where they would cover each other.
     fn names(&self, axes: &Axes) -> String {
-        let ends = self.series.iter().filter_map(|series| {
+        let of_series = self.series.iter().filter_map(|series| {
             let last = series.points.last()?;
-            Some((axes.y(last.y), series.place, series.label.as_str()))
+            Some(Name::new(
+                axes.y(last.y),
+                series.place,
+                &series.label,
+                false,
+            ))
         });
-        let levels = self
-            .levels
-            .iter()
-            .map(|(name, place, y)| (axes.y(*y), *place, name.as_str()));
-        let mut names: Vec<(f64, usize, Vec<&str>)> = ends
-            .chain(levels)
-            .map(|(y, place, name)| (y, place, name.split(", ").collect()))
-            .collect();
-        names.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let of_levels = self.levels.iter();
+        let of_levels = of_levels.map(|(name, place, y)| Name::new(axes.y(*y), *place, name, true));
+        let mut names: Vec<Name<'_>> = of_series.chain(of_levels).collect();
+        names.sort_by(|a, b| a.y.total_cmp(&b.y));
         move_apart(&mut names);
-        let mut svg = String::new();
-        for (y, place, lines) in names {
-            svg.push_str(&format!(
-                "<g class=\"{}\">{}</g>",
-                color(place),
-                mark(place, WIDTH - RIGHT + 12.0, y)
-            ));
-            for (i, line) in lines.iter().enumerate() {
-                svg.push_str(&format!(
-                    "<text class=\"name {}\" x=\"{}\" y=\"{:.1}\">{}</text>",
-                    color(place),
-                    WIDTH - RIGHT + 21.0,
-                    y + 4.0 + LINE * i as f64,
-                    escape(line)
-                ));
-            }
+        names.iter().map(Name::svg).collect()
+    }
+}
+
+/// A name beside the chart.
+struct Name<'a> {
+    y: f64,
+    place: usize,
+    lines: Vec<&'a str>,
+    /// Whether it belongs to a dashed line.
+    dashed: bool,
+}
+
+impl<'a> Name<'a> {
+    fn new(y: f64, place: usize, name: &'a str, dashed: bool) -> Self {
+        Self {
+            y,
+            place,
+            lines: name.split(", ").collect(),
+            dashed,
         }
+    }
+
+    fn svg(&self) -> String {
+        let (y, x) = (self.y, WIDTH - RIGHT + 12.0);
+        let key = match self.dashed {
+            true => format!(
+                "<line class=\"level\" x1=\"{:.1}\" x2=\"{:.1}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>",
+                x - 7.0,
+                x + 5.0
+            ),
+            false => mark(self.place, x, y),
+        };
+        let mut svg = format!("<g class=\"{}\">{key}", color(self.place));
+        for (i, line) in self.lines.iter().enumerate() {
+            svg.push_str(&format!(
+                "<text class=\"name\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
+                x + 9.0,
+                y + 4.0 + LINE * i as f64,
+                escape(line)
+            ));
+        }
+        svg.push_str("</g>");
         svg
     }
 }
 
 /// Moves sorted names down until none covers another, then up again as far as they left the chart.
-fn move_apart(names: &mut [(f64, usize, Vec<&str>)]) {
+fn move_apart(names: &mut [Name<'_>]) {
     let mut free = TOP;
-    for (y, _, lines) in names.iter_mut() {
-        *y = y.max(free);
-        free = *y + LINE * lines.len() as f64 + 2.0;
+    for name in names.iter_mut() {
+        name.y = name.y.max(free);
+        free = name.y + LINE * name.lines.len() as f64 + 2.0;
     }
     let mut end = HEIGHT - 14.0;
-    for (y, _, lines) in names.iter_mut().rev() {
-        *y = y.min(end - LINE * (lines.len() - 1) as f64);
-        end = *y - LINE - 2.0;
+    for name in names.iter_mut().rev() {
+        name.y = name.y.min(end - LINE * (name.lines.len() - 1) as f64);
+        end = name.y - LINE - 2.0;
     }
 }
 
@@ -314,7 +340,7 @@ pub(super) fn dots(title: &str, x_title: &str, rows: &[(String, Vec<Dot>)]) -> S
     svg
 }
 
-/// A confusion matrix of shares: rows are classes, columns predictions.
+/// A confusion matrix of shares: rows are classes, columns predictions. The largest share has the full colour.
 pub(super) fn heat(title: &str, classes: &[String], shares: &[Vec<f64>]) -> String {
     const CELL: f64 = 17.0;
     const NAMES: f64 = 84.0;
@@ -334,6 +360,11 @@ pub(super) fn heat(title: &str, classes: &[String], shares: &[Vec<f64>]) -> Stri
             NAMES - 5.0
         ));
     }
+    let largest = shares
+        .iter()
+        .flatten()
+        .copied()
+        .fold(f64::MIN_POSITIVE, f64::max);
     for (row, of_class) in shares.iter().enumerate() {
         for (column, share) in of_class
             .iter()
@@ -343,7 +374,8 @@ pub(super) fn heat(title: &str, classes: &[String], shares: &[Vec<f64>]) -> Stri
             let (x, y) = (NAMES + CELL * column as f64, NAMES + CELL * row as f64);
             let names = [row, column].map(|i| classes.get(i).map_or("", String::as_str));
             svg.push_str(&format!(
-                "<rect class=\"heat\" x=\"{x}\" y=\"{y}\" width=\"{CELL}\" height=\"{CELL}\" fill-opacity=\"{share:.2}\"><title>{} called {}: {:.0} %</title></rect>",
+                "<rect class=\"heat\" x=\"{x}\" y=\"{y}\" width=\"{CELL}\" height=\"{CELL}\" fill-opacity=\"{:.2}\"><title>{} called {}: {:.0} %</title></rect>",
+                share / largest,
                 escape(names[0]),
                 escape(names[1]),
                 100.0 * share
@@ -355,4 +387,58 @@ pub(super) fn heat(title: &str, classes: &[String], shares: &[Vec<f64>]) -> Stri
         "<path class=\"rule\" fill=\"none\" d=\"M{NAMES} {NAMES}H{end}V{end}H{NAMES}Z\"/></svg>"
     ));
     svg
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chart(points: &[(f64, f64)]) -> Chart {
+        let point = |&(x, y): &(f64, f64)| Point { x, y, spread: 1.0 };
+        Chart {
+            title: "a < b".into(),
+            x_title: "x".into(),
+            y_title: "y".into(),
+            x_ticks: vec![(0.0, "1".into())],
+            levels: vec![("zero-shot".into(), 0, 50.0)],
+            series: vec![Series {
+                label: "CoOp, class-specific".into(),
+                place: 1,
+                points: points.iter().map(point).collect(),
+            }],
+        }
+    }
+
+    #[test]
+    fn higher_values_are_higher_on_the_paper_and_nothing_leaves_it() {
+        let axes = Axes::of(&chart(&[(0.0, 40.0), (1.0, 60.0)]));
+        assert!(axes.y(60.0) < axes.y(40.0) && axes.x(1.0) > axes.x(0.0));
+        assert!(axes.y(61.0) >= TOP && axes.y(39.0) <= HEIGHT - BOTTOM);
+        assert!(axes.x(1.0) <= WIDTH - RIGHT && axes.x(0.0) >= LEFT);
+    }
+
+    #[test]
+    fn a_single_value_is_a_chart_too() {
+        let svg = chart(&[(0.0, 50.0)]).svg();
+        assert!(
+            !svg.contains("NaN") && !svg.contains("inf") && !svg.contains("polyline"),
+            "{svg}"
+        );
+        assert!(svg.contains("a &lt; b"));
+    }
+
+    #[test]
+    fn names_do_not_cover_each_other() {
+        let mut names: Vec<Name<'_>> = (0..5).map(|i| Name::new(200.0, i, "a, b", false)).collect();
+        move_apart(&mut names);
+        for pair in names.windows(2) {
+            assert!(
+                pair[1].y - pair[0].y >= 2.0 * LINE,
+                "{} {}",
+                pair[0].y,
+                pair[1].y
+            );
+        }
+        assert!(names.iter().all(|name| name.y < HEIGHT - LINE));
+    }
 }

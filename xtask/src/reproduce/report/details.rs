@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::charts::{color, heat};
 use super::html::{Bar, base64, escape};
-use super::sections::{best_learner, title};
+use super::words::{best_learner, title};
 use crate::reproduce::record::{Measured, Protocol, Record, Sample};
 use crate::reproduce::summary::{Results, Who};
 

@@ -2,8 +2,11 @@
 
 mod charts;
 mod details;
+mod few_shot;
 mod html;
-mod sections;
+mod overview;
+mod transfer;
+mod words;
 
 use std::path::Path;
 
@@ -13,25 +16,25 @@ use super::summary::Results;
 /// The page. Test pictures are read from below `out`.
 pub(crate) fn html(results: &Results, out: &Path) -> String {
     let parts = [
-        ("findings", "What came out", sections::findings(results)),
-        ("setting", "What was run", sections::setting(results)),
+        ("findings", "What came out", overview::findings(results)),
+        ("setting", "What was run", overview::setting(results)),
         (
             "few-shot",
             "Few-shot: accuracy and cost",
-            sections::few_shot(results),
+            few_shot::few_shot(results),
         ),
-        ("base-to-new", "Base to new", sections::base_to_new(results)),
+        ("base-to-new", "Base to new", transfer::base_to_new(results)),
         (
             "domain-shift",
             "Domain shift",
-            sections::domain_shift(results, out),
+            transfer::domain_shift(results, out),
         ),
         ("classes", "Class by class", details::classes(results)),
         ("pictures", "Test pictures", details::pictures(results, out)),
         (
             "zero-shot",
             "Zero-shot on every task",
-            sections::zero_shot(results),
+            overview::zero_shot(results),
         ),
     ];
     let parts: Vec<_> = parts
@@ -52,7 +55,7 @@ pub(crate) fn html(results: &Results, out: &Path) -> String {
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"/><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/><title>{title}</title><style>{style}</style></head>\n<body><main>\n<h1>{title}</h1>\n{lead}\n<nav aria-label=\"Sections\">{links}</nav>\n{sections}</main></body></html>\n",
         title = escape("cliptune: what the methods learn from a few pictures"),
         style = include_str!("style.css"),
-        lead = sections::lead(results),
+        lead = overview::lead(results),
     );
     // A number and its sign stay on one line.
     page.replace(" %", "\u{a0}%")
