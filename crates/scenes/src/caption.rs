@@ -388,7 +388,7 @@ fn plural_of(noun: &str) -> String {
 
 fn style_openings(style: Style) -> &'static [&'static str] {
     match style {
-        Style::Plain => &["a plain picture of"],
+        Style::Plain => &[],
         Style::Sketch => &["a sketch of", "a line drawing of", "a sketch picture of"],
         Style::Noise => &[
             "a noisy photo of",
@@ -413,7 +413,7 @@ fn style_openings(style: Style) -> &'static [&'static str] {
         Style::Grey => &[
             "a greyscale photo of",
             "a greyscale picture of",
-            "a colorless photo of",
+            "a colourless photo of",
         ],
     }
 }
@@ -502,10 +502,10 @@ fn shape_tails(shape: Shape, variety: usize) -> &'static [&'static str] {
         (Shape::Sun, _) => &["with many rays"],
         (Shape::Moon, _) => &["with two sharp ends"],
         (Shape::Cloud, _) => &["with a flat base"],
-        (Shape::Drop, _) => &["with a pointed top"],
+        (Shape::Drop, _) => &["with a sharp tip"],
         (Shape::Boat, 0) => &["with a hull", "with one sail"],
         (Shape::Boat, 1) => &["with a hull", "with two masts"],
-        (Shape::Boat, _) => &["with a hull", "with a rower and raised ends"],
+        (Shape::Boat, _) => &["with a hull", "with a cabin and a funnel"],
         (Shape::Car, _) => &["with two wheels"],
         (Shape::Rocket, _) => &["with fins and a flame"],
         (Shape::Hammer, _) => &["with a long handle"],

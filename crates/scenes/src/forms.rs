@@ -56,7 +56,7 @@ fn outline(shape: Shape, form: usize) -> Outline {
             .turn(-0.2),
         Shape::Cloud => cloud(),
         Shape::Drop => drop(),
-        Shape::Boat => [dinghy, yawl, gondola][form](),
+        Shape::Boat => [dinghy, yawl, trawler][form](),
         Shape::Car => car(),
         Shape::Rocket => rocket(),
         Shape::Hammer => hammer(),
@@ -82,7 +82,7 @@ fn both(contour: Contour) -> Vec<Contour> {
 }
 
 fn arrow() -> Outline {
-    let half = [
+    let points = [
         (-1.0, -0.22),
         (0.1, -0.22),
         (0.1, -0.66),
@@ -91,7 +91,7 @@ fn arrow() -> Outline {
         (0.1, 0.22),
         (-1.0, 0.22),
     ];
-    Outline::default().add(poly(&half))
+    Outline::default().add(poly(&points))
 }
 
 fn bolt() -> Outline {
@@ -174,12 +174,13 @@ fn willow() -> Outline {
 
 /// A fan with a notch.
 fn ginkgo() -> Outline {
-    let mut fan = arc(0.0, 0.5, 1.15, 1.15, 0.56, 0.94);
-    fan.push((0.0, 0.45));
+    let mut fan = arc(0.0, 0.55, 1.2, 1.3, 0.6, 0.9);
+    fan.push((0.0, 0.6));
     Outline::default()
         .add(fan)
-        .cut(poly(&[(-0.13, -0.9), (0.13, -0.9), (0.0, -0.05)]))
-        .add_all(line(&[(0.0, 0.4), (0.0, 0.7), (0.12, 1.05)], 0.13))
+        .cut(poly(&[(-0.2, -0.9), (0.2, -0.9), (0.0, 0.05)]))
+        .cut_all(both(poly(&[(0.46, -0.8), (0.66, -0.66), (0.42, -0.4)])))
+        .add_all(line(&[(0.0, 0.45), (0.02, 0.8), (0.14, 1.1)], 0.12))
 }
 
 /// Many thin petals.
@@ -453,21 +454,20 @@ fn yawl() -> Outline {
         .add(poly(&[(0.72, -0.35), (1.12, 0.28), (0.72, 0.28)]))
 }
 
-/// A crescent hull with a standing rower.
-fn gondola() -> Outline {
+/// A deep hull with a high bow, a cabin and a funnel.
+fn trawler() -> Outline {
     Outline::default()
-        .add(arc(0.0, -0.1, 1.1, 0.85, 0.0, 0.5))
-        .cut(arc(0.0, -0.12, 0.98, 0.5, 0.0, 0.5))
-        .add(poly(&[(0.1, 0.45), (0.2, -0.45), (0.4, -0.45), (0.5, 0.4)]))
-        .add(disc(0.3, -0.65, 0.17, 0.17))
-        .add_all(line(&[(0.3, -0.3), (-0.05, -0.15), (0.0, -0.5)], 0.09))
-        .add_all(line(&[(0.05, -0.75), (-0.3, 0.9)], 0.09))
         .add(poly(&[
-            (-0.55, 0.35),
-            (-0.5, 0.0),
-            (-0.05, 0.0),
-            (0.0, 0.42),
+            (-1.0, 0.2),
+            (0.4, 0.2),
+            (0.62, 0.0),
+            (1.1, 0.0),
+            (0.72, 0.75),
+            (-0.85, 0.75),
         ]))
+        .add(rect(-0.5, -0.28, 0.3, 0.25))
+        .add(rect(-0.32, -0.8, -0.02, -0.25))
+        .cut_all(row(&[-0.28, 0.08], |x| disc(x, -0.03, 0.12, 0.12)))
 }
 
 fn car() -> Outline {
@@ -636,22 +636,17 @@ fn townhouse() -> Outline {
 }
 
 fn castle() -> Outline {
+    let teeth = [-0.93, -0.7, -0.47, 0.47, 0.7, 0.93];
     Outline::default()
-        .add(rect(-0.6, -0.15, 0.6, 0.85))
-        .add_all(row(&[-0.3, 0.0, 0.3], |x| {
-            rect(x - 0.08, -0.35, x + 0.08, -0.1)
+        .add(rect(-0.6, -0.25, 0.6, 0.85))
+        .add_all(row(&[-0.25, 0.0, 0.25], |x| {
+            rect(x - 0.07, -0.42, x + 0.07, -0.2)
         }))
-        .add_all(row(&[-0.72, 0.72], |x| {
-            rect(x - 0.26, -0.6, x + 0.26, 0.85)
-        }))
-        .add_all(row(&[-0.91, -0.72, -0.53, 0.53, 0.72, 0.91], |x| {
-            rect(x - 0.07, -0.85, x + 0.07, -0.5)
-        }))
-        .cut(arc(0.0, 0.42, 0.22, 0.24, 0.5, 1.0))
-        .cut(rect(-0.22, 0.41, 0.22, 0.85))
-        .cut_all(row(&[-0.72, 0.72], |x| {
-            rect(x - 0.08, -0.25, x + 0.08, 0.1)
-        }))
+        .add_all(row(&[-0.7, 0.7], |x| rect(x - 0.3, -0.62, x + 0.3, 0.85)))
+        .add_all(row(&teeth, |x| rect(x - 0.07, -0.86, x + 0.07, -0.5)))
+        .cut(arc(0.0, 0.42, 0.17, 0.2, 0.5, 1.0))
+        .cut(rect(-0.17, 0.41, 0.17, 0.85))
+        .cut_all(row(&[-0.7, 0.7], |x| rect(x - 0.07, -0.3, x + 0.07, 0.0)))
 }
 
 fn tent() -> Outline {

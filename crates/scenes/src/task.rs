@@ -193,6 +193,12 @@ impl Task {
     /// # Panics
     /// If `class` is not less than the number of [`classes`](Self::classes).
     pub fn picture(self, seed: u64, class: usize, index: u64) -> Picture {
+        let n_classes = self.classes().len();
+        assert!(
+            class < n_classes,
+            "class {class} of {n_classes} of task `{}`",
+            self.slug()
+        );
         // Tasks have streams of their own: the counter holds the task and the class.
         let stream = (self.number() << 32) | class as u64;
         draw(seed, [index, stream], |stream| self.wish(class, stream))
@@ -220,7 +226,7 @@ impl Task {
             },
             Self::Count => Wish {
                 layout: Layout::Same,
-                count: 1 + class % NUMBERS.len(),
+                count: 1 + class,
                 ..any
             },
             Self::ColorShape => {
@@ -241,7 +247,7 @@ impl Task {
             // Neither so pale that the colour is lost nor so strong that nothing else in training looks like it.
             Self::Ground => Wish {
                 ground: Some(Color::ALL[class]),
-                white: Some((0.15, 0.6)),
+                white: Some((0.1, 0.45)),
                 ..any
             },
             Self::Texture => Wish {

@@ -138,7 +138,7 @@ impl Shape {
             Self::Mushroom => &["morel", "bolete", "enoki"],
             Self::Fish => &["perch", "marlin", "puffer"],
             Self::Bird => &["wren", "heron", "kestrel"],
-            Self::Boat => &["dinghy", "yawl", "gondola"],
+            Self::Boat => &["dinghy", "yawl", "trawler"],
             Self::House => &["bungalow", "chalet", "townhouse"],
             _ => &[],
         }

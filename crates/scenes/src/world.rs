@@ -294,7 +294,7 @@ impl Wish {
 /// Least sum of absolute differences between an object's colour and the ground.
 pub(crate) const MIN_DIFFERENCE: f32 = 0.6;
 /// Least difference in brightness where colours are not shown.
-pub(crate) const MIN_LUMA_DIFFERENCE: f32 = 0.15;
+pub(crate) const MIN_LUMA_DIFFERENCE: f32 = 0.2;
 
 /// Puts up to nine objects into different cells of a grid of 2×2 (if they are few, half of the time) or 3×3.
 fn put_in_cells(objects: &mut [Object], stream: &mut Stream) {
@@ -305,7 +305,7 @@ fn put_in_cells(objects: &mut [Object], stream: &mut Stream) {
     };
     let cell = SIDE as f32 / across as f32;
     let cells: Vec<usize> = (0..across * across).collect();
-    let size = stream.range(0.72, 0.92) * cell / 2.0;
+    let size = stream.range(0.78, 0.92) * cell / 2.0;
     for (object, at) in objects.iter_mut().zip(stream.some(&cells, across * across)) {
         object.radius = size * stream.range(0.93, 1.0);
         let room = cell / 2.0 - object.radius * 1.07;
@@ -325,9 +325,9 @@ fn jitter(color: Color, stream: &mut Stream) -> Rgb {
 fn second_tone(tone: Rgb, texture: Texture, stream: &mut Stream) -> Rgb {
     let step = match texture {
         Texture::Plain => return tone,
-        Texture::Gradient => stream.range(0.25, 0.4),
-        Texture::Cloudy | Texture::Grainy => stream.range(0.2, 0.32),
-        Texture::Lined | Texture::Tiled => stream.range(0.14, 0.24),
+        Texture::Gradient => stream.range(0.18, 0.34),
+        Texture::Cloudy | Texture::Grainy => stream.range(0.14, 0.26),
+        Texture::Lined | Texture::Tiled => stream.range(0.1, 0.2),
     };
     let end = if luma(tone) > 0.4 { BLACK } else { WHITE };
     mix(tone, end, step)
@@ -365,4 +365,37 @@ pub(crate) fn draw(
     let mut stream = Stream::new(Purpose::Task, seed, counters);
     let scene = wish(&mut stream).scene(&mut stream);
     paint(scene, &mut stream)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Task;
+
+    fn assert_contrast(scene: &Scene) {
+        for object in &scene.objects {
+            for tone in scene.tones {
+                assert!(difference(object.tint, tone) >= MIN_DIFFERENCE, "{scene:?}");
+                let bright = (luma(object.tint) - luma(tone)).abs() >= MIN_LUMA_DIFFERENCE;
+                assert!(bright || scene.style != Style::Grey, "{scene:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_object_stands_out_from_the_ground() {
+        let world = World {
+            styled: 0.5,
+            ..World::training()
+        };
+        world
+            .pictures(2, 0..2000)
+            .iter()
+            .for_each(|p| assert_contrast(&p.scene));
+        for task in Task::ALL {
+            for class in 0..task.classes().len() {
+                (0..10).for_each(|i| assert_contrast(&task.picture(2, class, i).scene));
+            }
+        }
+    }
 }
