@@ -125,9 +125,10 @@ impl Pool<'_> {
         // Open until now: a run whose input ends knows that its caller is gone.
         drop(input);
         let words = words.join().unwrap_or_default();
-        match status.success() {
-            true => Ok(()),
-            false => Err(anyhow!("{status}: {}", last_of(words.trim()))),
+        match (status.success(), words.trim()) {
+            (true, _) => Ok(()),
+            (false, "") => Err(anyhow!("{status}")),
+            (false, words) => Err(anyhow!("{status}: {}", last_of(words))),
         }
     }
 
@@ -187,11 +188,10 @@ impl State<'_> {
             .iter()
             .filter_map(|index| Some(self.jobs.get(*index)?.0.key.to_string()));
         let names: Vec<String> = names.collect();
-        format!(
-            "{} of {} runs done; now {}",
-            self.ended,
-            self.jobs.len(),
-            names.join(" | ")
-        )
+        let ended = format!("{} of {} runs done", self.ended, self.jobs.len());
+        match names.is_empty() {
+            true => ended,
+            false => format!("{ended}; now {}", names.join(" | ")),
+        }
     }
 }

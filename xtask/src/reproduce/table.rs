@@ -213,9 +213,12 @@ fn legend(results: &Results) -> String {
     let mut text = String::new();
     if !seeds.is_empty() {
         text.push_str(&format!(
-            "± is the sample standard deviation over seeds {}. H is the harmonic mean of base and new.\n",
+            "± is the sample standard deviation over seeds {}.\n",
             seeds.join(", ")
         ));
+    }
+    if !results.tasks(Protocol::BaseToNew).is_empty() {
+        text.push_str("H is the harmonic mean of base and new.\n");
     }
     if let Some(epochs) = epochs(results) {
         text.push_str(&format!(
