@@ -1,7 +1,11 @@
-//! The project's own commands: `cargo xtask reproduce`, `cargo xtask parity`.
+//! The project's own commands: `cargo xtask parity`, `pretrain`, `probe`, `reproduce`.
 
 mod parity;
+mod pretrain;
+mod probe;
 mod reproduce;
+
+use std::process::ExitCode;
 
 use clap::Parser;
 
@@ -11,20 +15,27 @@ use clap::Parser;
 enum Command {
     /// Runs the parity cases: our numbers against those of the authors' code.
     Parity(parity::Args),
+    /// Trains the built-in CLIP on the procedural picture world.
+    Pretrain(pretrain::Args),
+    /// Judges a CLIP on the tasks of the picture world.
+    Probe(probe::Args),
     /// Compares the methods on the built-in benchmark or on a data set, and reports.
     Reproduce(Box<reproduce::Args>),
 }
 
-fn main() -> std::process::ExitCode {
+fn main() -> ExitCode {
+    cliptune_core::one_candle_thread();
     let outcome = match Command::parse() {
         Command::Parity(args) => parity::main(&args),
+        Command::Pretrain(args) => pretrain::main(&args).map(|()| ExitCode::SUCCESS),
+        Command::Probe(args) => probe::main(&args).map(|()| ExitCode::SUCCESS),
         Command::Reproduce(args) => reproduce::main(&args),
     };
     match outcome {
         Ok(code) => code,
         Err(error) => {
             out::error(&format!("error: {error:#}"));
-            std::process::ExitCode::FAILURE
+            ExitCode::FAILURE
         }
     }
 }

@@ -27,3 +27,16 @@ pub use error::{Error, Result};
 pub use params::{Gradients, Param, Params};
 pub use run::Run;
 pub use task::{Classes, ImageBatch, ImageNeeds, ImageSource, Labelled, Split, View};
+
+/// Keeps candle's own thread pool out of the way; the first thing a program should do.
+///
+/// Our kernels share one rayon pool. candle runs larger element-wise operations on a second pool whose threads spin at a
+/// barrier, which costs more than it gains and slows everything beside it down (a training step of a small model: more than
+/// twice). It reads `CANDLE_NUM_THREADS` once; what the user has set stays.
+pub fn one_candle_thread() {
+    const NAME: &str = "CANDLE_NUM_THREADS";
+    if std::env::var_os(NAME).is_none() {
+        // SAFETY: meant for the first line of `main`, where no other thread reads the environment.
+        unsafe { std::env::set_var(NAME, "1") };
+    }
+}

@@ -1,48 +1,172 @@
-//! The towers' operations on candle tensors, with the gradients that frozen weights need: those of the input alone.
+//! The towers' operations on candle tensors.
 //!
-//! Each is one candle custom op, so methods compose them freely with ordinary candle code. Weights are fields of the op,
-//! not its arguments: candle's autograd never forms their gradients.
+//! Each is one candle custom op, so methods compose them freely with ordinary candle code. Frozen weights are fields of the
+//! op, not its arguments: candle's autograd never forms their gradients. Layers of a tower that is trained itself
+//! ([`crate::Clip::learned`]) take their weights as arguments.
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, D, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, Layout, Shape, Tensor};
 
 use crate::kernels::{self, AttentionSizes, Stored};
 use crate::{Activation, Error, Result};
 
-/// A frozen affine map `y = x·wᵀ + b`.
+/// An affine map `y = x·wᵀ + b`.
 #[derive(Clone, Debug)]
-pub(crate) struct Linear {
+pub(crate) enum Linear {
+    /// Weights that no gradient reaches.
+    Frozen(FrozenLinear),
+    /// Weights that are variables or made of variables.
+    Learned(LearnedLinear),
+}
+
+impl Linear {
+    pub(crate) fn frozen(
+        weight: Stored,
+        bias: Option<Vec<f32>>,
+        (out_width, in_width): (usize, usize),
+    ) -> Self {
+        debug_assert_eq!(weight.len(), out_width * in_width);
+        Self::Frozen(FrozenLinear {
+            weight: Arc::new(weight),
+            bias: bias.map(Arc::new),
+            in_width,
+            out_width,
+        })
+    }
+
+    /// For a weight `(out, in)` and a bias `(out)`.
+    pub(crate) fn learned(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
+        let (out_width, in_width) = weight.dims2()?;
+        Ok(Self::Learned(LearnedLinear {
+            weight,
+            bias,
+            sizes: (out_width, in_width),
+        }))
+    }
+
+    /// `(.., in)` → `(.., out)`.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Frozen(op) => {
+                expect_width("input of a linear layer", x, op.in_width)?;
+                Ok(x.contiguous()?.apply_op1(op.clone())?)
+            }
+            Self::Learned(layer) => layer.forward(x),
+        }
+    }
+
+    /// Bytes held.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Frozen(op) => op.weight.bytes() + op.bias.as_ref().map_or(0, |b| 4 * b.len()),
+            Self::Learned(layer) => {
+                let (out_width, in_width) = layer.sizes;
+                4 * (out_width * in_width + layer.bias.as_ref().map_or(0, Tensor::elem_count))
+            }
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct FrozenLinear {
     weight: Arc<Stored>,
     bias: Option<Arc<Vec<f32>>>,
     in_width: usize,
     out_width: usize,
 }
 
-impl Linear {
-    pub(crate) fn new(
-        weight: Stored,
-        bias: Option<Vec<f32>>,
-        (out_width, in_width): (usize, usize),
-    ) -> Self {
-        debug_assert_eq!(weight.len(), out_width * in_width);
-        Self {
-            weight: Arc::new(weight),
-            bias: bias.map(Arc::new),
-            in_width,
+#[derive(Clone, Debug)]
+pub(crate) struct LearnedLinear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    sizes: (usize, usize),
+}
+
+impl LearnedLinear {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (out_width, in_width) = self.sizes;
+        expect_width("input of a linear layer", x, in_width)?;
+        let op = LinearOfThree {
             out_width,
+            in_width,
+            biased: self.bias.is_some(),
+        };
+        // A custom op has a fixed number of arguments: without a bias a constant stands in.
+        let bias = match &self.bias {
+            Some(bias) => bias.contiguous()?,
+            None => Tensor::zeros(out_width, x.dtype(), x.device())?,
+        };
+        let weight = self.weight.contiguous()?;
+        Ok(x.contiguous()?.apply_op3(&weight, &bias, op)?)
+    }
+}
+
+/// [`Linear`] with its weights as arguments, so that they get gradients too.
+struct LinearOfThree {
+    out_width: usize,
+    in_width: usize,
+    biased: bool,
+}
+
+impl CustomOp3 for LinearOfThree {
+    fn name(&self) -> &'static str {
+        "learned-linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let x = values(x, x_layout)?;
+        let m = x.len() / self.in_width;
+        let mut out = vec![0.0; m * self.out_width];
+        kernels::linear_f32(
+            x,
+            m,
+            values(weight, weight_layout)?,
+            (self.out_width, self.in_width),
+            self.biased.then_some(values(bias, bias_layout)?),
+            &mut out,
+        );
+        let mut dims = x_layout.dims().to_vec();
+        if let Some(last) = dims.last_mut() {
+            *last = self.out_width;
         }
+        Ok((CpuStorage::F32(out), dims.into()))
     }
 
-    /// `(.., in)` → `(.., out)`.
-    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        expect_width("input of a linear layer", x, self.in_width)?;
-        Ok(x.contiguous()?.apply_op1(self.clone())?)
-    }
-
-    /// Bytes held.
-    pub(crate) fn bytes(&self) -> usize {
-        self.weight.bytes() + self.bias.as_ref().map_or(0, |b| 4 * b.len())
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let m = x.elem_count() / self.in_width;
+        let sizes = (self.out_width, self.in_width);
+        let dx = match x.track_op() {
+            true => Some(filled(dy, weight, x.shape(), |dy, w, dx| {
+                kernels::linear_backward_f32(dy, m, w, sizes, dx)
+            })?),
+            false => None,
+        };
+        let dw = filled(dy, x, weight.shape(), |dy, x, dw| {
+            kernels::linear_weight_gradient(x, dy, m, sizes, dw)
+        })?;
+        let db = match self.biased {
+            true => Some(filled(dy, dy, bias.shape(), |dy, _, db| {
+                kernels::column_sums(dy, db)
+            })?),
+            false => None,
+        };
+        Ok((dx, Some(dw), db))
     }
 }
 
@@ -120,7 +244,7 @@ pub(crate) fn map(
     Ok(x.contiguous()?.apply_op1_no_bwd(&Map(shape.into(), f))?)
 }
 
-impl CustomOp1 for Linear {
+impl CustomOp1 for FrozenLinear {
     fn name(&self) -> &'static str {
         "frozen-linear"
     }
@@ -159,31 +283,48 @@ impl CustomOp1 for Linear {
     }
 }
 
-/// LayerNorm over the last axis with frozen gain and bias.
+/// LayerNorm over the last axis.
 #[derive(Clone, Debug)]
-pub(crate) struct LayerNorm {
+pub(crate) enum LayerNorm {
+    /// Gain and bias that no gradient reaches.
+    Frozen(FrozenNorm),
+    /// Gain and bias that are variables.
+    Learned { gain: Tensor, bias: Tensor },
+}
+
+const LAYER_NORM_EPS: f32 = 1e-5;
+
+impl LayerNorm {
+    pub(crate) fn frozen(gain: Vec<f32>, bias: Vec<f32>) -> Self {
+        debug_assert_eq!(gain.len(), bias.len());
+        Self::Frozen(FrozenNorm {
+            gain: Arc::new(gain),
+            bias: Arc::new(bias),
+        })
+    }
+
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        const WHAT: &str = "input of a LayerNorm";
+        match self {
+            Self::Frozen(op) => {
+                expect_width(WHAT, x, op.gain.len())?;
+                Ok(x.contiguous()?.apply_op1(op.clone())?)
+            }
+            Self::Learned { gain, bias } => {
+                expect_width(WHAT, x, gain.elem_count())?;
+                Ok(x.contiguous()?.apply_op3(gain, bias, NormOfThree)?)
+            }
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct FrozenNorm {
     gain: Arc<Vec<f32>>,
     bias: Arc<Vec<f32>>,
 }
 
-impl LayerNorm {
-    const EPS: f32 = 1e-5;
-
-    pub(crate) fn new(gain: Vec<f32>, bias: Vec<f32>) -> Self {
-        debug_assert_eq!(gain.len(), bias.len());
-        Self {
-            gain: Arc::new(gain),
-            bias: Arc::new(bias),
-        }
-    }
-
-    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        expect_width("input of a LayerNorm", x, self.gain.len())?;
-        Ok(x.contiguous()?.apply_op1(self.clone())?)
-    }
-}
-
-impl CustomOp1 for LayerNorm {
+impl CustomOp1 for FrozenNorm {
     fn name(&self) -> &'static str {
         "frozen-layer-norm"
     }
@@ -195,15 +336,65 @@ impl CustomOp1 for LayerNorm {
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let x = values(storage, layout)?;
         let mut out = vec![0.0; x.len()];
-        kernels::layer_norm(x, &self.gain, &self.bias, Self::EPS, &mut out);
+        kernels::layer_norm(x, &self.gain, &self.bias, LAYER_NORM_EPS, &mut out);
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
         filled(x, dy, x.shape(), |x, dy, dx| {
-            kernels::layer_norm_backward(x, &self.gain, Self::EPS, dy, dx)
+            kernels::layer_norm_backward(x, &self.gain, LAYER_NORM_EPS, dy, dx)
         })
         .map(Some)
+    }
+}
+
+/// [`LayerNorm`] with gain and bias as arguments, so that they get gradients too.
+struct NormOfThree;
+
+impl CustomOp3 for NormOfThree {
+    fn name(&self) -> &'static str {
+        "learned-layer-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        layout: &Layout,
+        gain: &CpuStorage,
+        gain_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let x = values(x, layout)?;
+        let (gain, bias) = (values(gain, gain_layout)?, values(bias, bias_layout)?);
+        let mut out = vec![0.0; x.len()];
+        kernels::layer_norm(x, gain, bias, LAYER_NORM_EPS, &mut out);
+        Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        gain: &Tensor,
+        bias: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let dx = match x.track_op() {
+            true => Some(with_values(gain, |gain| {
+                filled(x, dy, x.shape(), |x, dy, dx| {
+                    kernels::layer_norm_backward(x, gain, LAYER_NORM_EPS, dy, dx)
+                })
+            })??),
+            false => None,
+        };
+        let dgain = filled(x, dy, gain.shape(), |x, dy, out| {
+            kernels::layer_norm_gain_gradient(x, dy, LAYER_NORM_EPS, out)
+        })?;
+        let dbias = filled(dy, dy, bias.shape(), |dy, _, out| {
+            kernels::column_sums(dy, out)
+        })?;
+        Ok((dx, Some(dgain), Some(dbias)))
     }
 }
 

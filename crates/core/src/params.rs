@@ -26,6 +26,14 @@ impl Param {
         self.var.as_tensor()
     }
 
+    /// Replaces the value; whoever shares the parameter sees the new one.
+    ///
+    /// # Errors
+    /// If the shape or type is another.
+    pub fn set(&self, value: &Tensor) -> Result<()> {
+        Ok(self.var.set(value)?)
+    }
+
     /// A copy of the present value, without a gradient; later updates do not reach it.
     ///
     /// # Errors
@@ -95,6 +103,14 @@ impl Params {
     /// All parameters in order.
     pub fn iter(&self) -> impl Iterator<Item = &Param> {
         self.list.iter()
+    }
+
+    /// The parameters that `keep` chooses, sharing their values with these: an optimiser's group.
+    pub fn group(&self, keep: impl Fn(&Param) -> bool) -> Self {
+        Self {
+            seed: self.seed,
+            list: self.list.iter().filter(|p| keep(p)).cloned().collect(),
+        }
     }
 
     /// Number of tensors.
@@ -216,6 +232,67 @@ impl Gradients {
             }
         }
         Ok(())
+    }
+
+    /// The sum of gradients of the same parameters, in the order of the list: the same bits whoever computed them.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the parameters differ.
+    pub fn sum(parts: Vec<Self>) -> Result<Self> {
+        let mut parts = parts.into_iter();
+        let mut sum = parts.next().unwrap_or(Self {
+            names: Vec::new(),
+            list: Vec::new(),
+        });
+        for part in parts {
+            if part.names != sum.names {
+                return Err(Error::config(
+                    "gradients",
+                    format!("{:?}", part.names),
+                    format!("those of {:?}", sum.names),
+                ));
+            }
+            for (sum, part) in sum.list.iter_mut().zip(part.list) {
+                *sum = match (sum.take(), part) {
+                    (Some(a), Some(b)) => Some((a + b)?),
+                    (a, b) => a.or(b),
+                };
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Scales all gradients down so that their common length is at most `limit`, and returns the length before
+    /// (`clip_grad_norm_`).
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] if the length is not a number.
+    pub fn clip_norm(&mut self, limit: f64) -> Result<f64> {
+        let mut square = 0.0;
+        for gradient in self.list.iter().flatten() {
+            square += f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?);
+        }
+        let norm = square.sqrt();
+        if !norm.is_finite() {
+            return Err(Error::NotFinite {
+                what: "the gradient's length".into(),
+                value: norm,
+            });
+        }
+        if norm > limit {
+            for gradient in self.list.iter_mut().flatten() {
+                *gradient = (&*gradient * (limit / norm))?;
+            }
+        }
+        Ok(norm)
+    }
+
+    /// The gradients of a group ([`Params::group`]) of the parameters.
+    pub fn group(&self, params: &Params) -> Self {
+        Self {
+            names: params.iter().map(|p| p.name.clone()).collect(),
+            list: params.iter().map(|p| self.get(&p.name).cloned()).collect(),
+        }
     }
 
     /// Names and gradients in the parameters' order.

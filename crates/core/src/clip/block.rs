@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, IndexOp, Tensor};
 
 use crate::kernels::Stored;
 use crate::ops::{self, LayerNorm, Linear};
@@ -14,6 +14,8 @@ pub(crate) struct Weights {
     path: PathBuf,
     tensors: BTreeMap<String, Tensor>,
     storage: DType,
+    /// Whether layers hold the tensors themselves, which are variables.
+    learned: bool,
 }
 
 impl Weights {
@@ -22,7 +24,21 @@ impl Weights {
             path: path.to_path_buf(),
             tensors,
             storage,
+            learned: false,
         }
+    }
+
+    /// For layers that are trained: `tensors` are f32 variables, and the layers use them as they are.
+    pub(crate) fn learned(path: &Path, tensors: BTreeMap<String, Tensor>) -> Self {
+        Self {
+            learned: true,
+            ..Self::new(path, tensors, DType::F32)
+        }
+    }
+
+    /// The type in which frozen matrices are kept.
+    pub(crate) fn storage(&self) -> DType {
+        self.storage
     }
 
     /// Takes the tensor out, so that it is freed as soon as the layer holds its own copy.
@@ -72,11 +88,28 @@ impl Weights {
         keep(tensor, self.storage)
     }
 
+    /// An affine map from a tensor that holds `(out, in)` in its order, whatever its `shape`, and maybe a bias.
+    pub(crate) fn affine(
+        &mut self,
+        weight: &str,
+        shape: &[usize],
+        bias: Option<&str>,
+        (out, input): (usize, usize),
+    ) -> Result<Linear> {
+        if self.learned {
+            let weight = self.tensor(weight, shape)?.reshape((out, input))?;
+            let bias = bias.map(|name| self.tensor(name, &[out])).transpose()?;
+            return Linear::learned(weight, bias);
+        }
+        let weight = self.stored(weight, shape)?;
+        let bias = bias.map(|name| self.values(name, &[out])).transpose()?;
+        Ok(Linear::frozen(weight, bias, (out, input)))
+    }
+
     /// `name.weight (out, in)` and `name.bias`.
     pub(crate) fn linear(&mut self, name: &str, (out, input): (usize, usize)) -> Result<Linear> {
-        let weight = self.stored(&format!("{name}.weight"), &[out, input])?;
-        let bias = self.values(&format!("{name}.bias"), &[out])?;
-        Ok(Linear::new(weight, Some(bias), (out, input)))
+        let (weight, bias) = (format!("{name}.weight"), format!("{name}.bias"));
+        self.affine(&weight, &[out, input], Some(&bias), (out, input))
     }
 
     /// A projection that the checkpoint keeps as `(in, out)`, without bias.
@@ -87,20 +120,24 @@ impl Weights {
     ) -> Result<Linear> {
         let tensor = self.take(name)?;
         self.expect(name, &tensor, &[input, out])?;
-        Ok(Linear::new(
-            keep(&tensor.t()?, self.storage)?,
-            None,
-            (out, input),
-        ))
+        if self.learned {
+            return Linear::learned(tensor.t()?, None);
+        }
+        let weight = keep(&tensor.t()?, self.storage)?;
+        Ok(Linear::frozen(weight, None, (out, input)))
     }
 
     /// `name.weight` and `name.bias` of a LayerNorm.
     pub(crate) fn layer_norm(&mut self, name: &str, width: usize) -> Result<LayerNorm> {
-        let gain = self.values(&format!("{name}.weight"), &[width])?;
-        Ok(LayerNorm::new(
-            gain,
-            self.values(&format!("{name}.bias"), &[width])?,
-        ))
+        let (gain, bias) = (format!("{name}.weight"), format!("{name}.bias"));
+        if self.learned {
+            return Ok(LayerNorm::Learned {
+                gain: self.tensor(&gain, &[width])?,
+                bias: self.tensor(&bias, &[width])?,
+            });
+        }
+        let gain = self.values(&gain, &[width])?;
+        Ok(LayerNorm::frozen(gain, self.values(&bias, &[width])?))
     }
 }
 
@@ -134,14 +171,15 @@ impl Block {
         heads: usize,
         activation: Activation,
     ) -> Result<Self> {
-        let in_weight = w.stored(
+        let in_proj = w.affine(
             &format!("{prefix}.attn.in_proj_weight"),
             &[3 * width, width],
+            Some(&format!("{prefix}.attn.in_proj_bias")),
+            (3 * width, width),
         )?;
-        let in_bias = w.values(&format!("{prefix}.attn.in_proj_bias"), &[3 * width])?;
         Ok(Self {
             ln_1: w.layer_norm(&format!("{prefix}.ln_1"), width)?,
-            in_proj: Linear::new(in_weight, Some(in_bias), (3 * width, width)),
+            in_proj,
             out_proj: w.linear(&format!("{prefix}.attn.out_proj"), (width, width))?,
             ln_2: w.layer_norm(&format!("{prefix}.ln_2"), width)?,
             c_fc: w.linear(&format!("{prefix}.mlp.c_fc"), (4 * width, width))?,
@@ -158,9 +196,30 @@ impl Block {
             .out_proj
             .forward(&ops::attention(&qkv, self.heads, causal)?)?)?;
         drop(qkv);
-        let hidden = self.c_fc.forward(&self.ln_2.forward(&x)?)?;
+        self.mlp(&x)
+    }
+
+    /// As [`Block::forward`] for what the class token gathers, and beside it the *values* of other tokens: what they would
+    /// hand to attention, as if each saw itself alone (MaskCLIP, Sec. 3.2).
+    ///
+    /// `x (batch, tokens, width)`; `rows` number tokens of the flattened `(batch · tokens)`. Gives `(batch + rows, width)`:
+    /// every image's class token, then the rows.
+    pub(crate) fn class_and_values(&self, x: &Tensor, rows: &Tensor) -> Result<Tensor> {
+        let (batch, tokens, width) = x.dims3()?;
+        let qkv = self.in_proj.forward(&self.ln_1.forward(x)?)?;
+        let class = ops::attention(&qkv, self.heads, false)?.i((.., 0))?;
+        let flat = (batch * tokens, width);
+        let values = qkv.narrow(2, 2 * width, width)?.reshape(flat)?;
+        let mixed = Tensor::cat(&[&class, &values.index_select(rows, 0)?], 0)?;
+        let own = x.reshape(flat)?.index_select(rows, 0)?;
+        let own = Tensor::cat(&[&x.i((.., 0))?, &own], 0)?;
+        self.mlp(&(own + self.out_proj.forward(&mixed)?)?)
+    }
+
+    fn mlp(&self, x: &Tensor) -> Result<Tensor> {
+        let hidden = self.c_fc.forward(&self.ln_2.forward(x)?)?;
         let hidden = ops::activation(&hidden, self.activation)?;
-        Ok((&x + self.c_proj.forward(&hidden)?)?)
+        Ok((x + self.c_proj.forward(&hidden)?)?)
     }
 
     pub(crate) fn bytes(&self) -> usize {

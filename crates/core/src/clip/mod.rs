@@ -5,6 +5,7 @@ mod resnet;
 mod text;
 mod vit;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -13,7 +14,7 @@ use rayon::prelude::*;
 use self::block::Weights;
 use self::resnet::ResNet;
 use self::vit::Vit;
-use crate::{Arch, Checkpoint, Error, Preprocess, Result, VisionArch, checkpoint, ops};
+use crate::{Arch, Checkpoint, Error, Params, Preprocess, Result, VisionArch, checkpoint, ops};
 
 pub use self::text::{Probe, TextTower};
 
@@ -75,7 +76,46 @@ impl Clip {
             Storage::F16 => DType::F16,
             Storage::Bf16 => DType::BF16,
         };
-        let mut w = Weights::new(&path, tensors, dtype);
+        let w = Weights::new(&path, tensors, dtype);
+        Self::build(w, arch, preprocess, weights_hash, storage)
+    }
+
+    /// Builds towers that are trained themselves: every weight of a ViT and of the text tower's transformer becomes a
+    /// parameter under its state-dict key, and features carry gradients to all of them.
+    ///
+    /// The token embedding and the logit scale stay as they are. Whoever trains them declares the tokens as learned rows of
+    /// the prompts ([`crate::prompt::Piece::Learned`]) and scales the cosines. [`Clip::weights_hash`] is that of the
+    /// beginning.
+    ///
+    /// # Errors
+    /// As [`Clip::from_checkpoint`]; [`Error::Data`] for a ResNet, whose layers have no gradient here.
+    pub fn learned(checkpoint: Checkpoint, params: &mut Params) -> Result<Self> {
+        if let VisionArch::ResNet { .. } = checkpoint.arch.vision {
+            return Err(Error::Data(
+                "a ResNet image tower cannot be trained yet, only a ViT".into(),
+            ));
+        }
+        let weights_hash = checkpoint::weights_hash(&checkpoint.tensors)?;
+        let mut tensors = BTreeMap::new();
+        for (name, tensor) in checkpoint.tensors {
+            let tensor = match name.as_str() {
+                "token_embedding.weight" | "logit_scale" => tensor.to_dtype(DType::F32)?,
+                _ => params.copied(&name, &tensor)?.tensor().clone(),
+            };
+            tensors.insert(name, tensor);
+        }
+        let w = Weights::learned(&checkpoint.path, tensors);
+        let (arch, preprocess) = (checkpoint.arch, checkpoint.preprocess);
+        Self::build(w, arch, preprocess, weights_hash, Storage::F32)
+    }
+
+    fn build(
+        mut w: Weights,
+        arch: Arch,
+        preprocess: Preprocess,
+        weights_hash: String,
+        storage: Storage,
+    ) -> Result<Self> {
         let logit_scale = w.values("logit_scale", &[])?[0];
         let tower = match arch.vision {
             VisionArch::Vit {
@@ -92,7 +132,7 @@ impl Clip {
             resolution: arch.image_resolution,
             embed_dim: arch.embed_dim,
         };
-        let text = TextTower::load(&mut w, &arch, dtype)?;
+        let text = TextTower::load(&mut w, &arch)?;
         Ok(Self {
             text,
             image,
@@ -254,6 +294,23 @@ impl ImageTower {
         })
     }
 
+    /// Raw features of every image's class token and the *value-path* features of chosen patches, from an image tower that
+    /// sees only some of the patches.
+    ///
+    /// The value path replaces the last block's attention by each token's own value (MaskCLIP, Sec. 3.2), which keeps a
+    /// patch's feature about that patch. `(batch, 3, side, side)` → `(batch + values, embed_dim)`: the images' features,
+    /// then those of [`Glimpses::values`] in their order. The batch goes through the tower as a whole.
+    ///
+    /// # Errors
+    /// As [`ImageTower::encode`]; [`Error::Data`] for a ResNet or glimpses that do not fit the images.
+    pub fn encode_glimpses(&self, pixels: &Tensor, seen: &Glimpses) -> Result<Tensor> {
+        self.expect(pixels)?;
+        match &self.tower {
+            Tower::Vit(tower) => tower.encode_glimpses(pixels, seen),
+            Tower::ResNet(_) => Err(Error::Data("a ResNet has no patches to choose from".into())),
+        }
+    }
+
     /// As [`ImageTower::encode_dense`] for a ResNet at any resolution that 32 divides, with or without the pool's
     /// position table (TaI-DPT leaves it out); the table is resized to the grid.
     ///
@@ -284,6 +341,27 @@ impl ImageTower {
         match &self.tower {
             Tower::ResNet(tower) => tower.last_stage(pixels, &mut |_, _| Ok(())),
             Tower::Vit(_) => Err(Error::Data("a ViT has no last stage".into())),
+        }
+    }
+}
+
+/// Which patches an image tower sees, and of which it gives features.
+#[derive(Clone, Debug, Default)]
+pub struct Glimpses {
+    /// Patches that each image keeps, row by row of the grid from 0; equally many of every image.
+    pub kept: Vec<Vec<usize>>,
+    /// Whose value-path features are wanted: image, and place in that image's list of kept patches.
+    pub values: Vec<(usize, usize)>,
+}
+
+impl Glimpses {
+    /// Every one of `patches` patches of `batch` images, with the features of all.
+    pub fn everything(batch: usize, patches: usize) -> Self {
+        Self {
+            kept: vec![(0..patches).collect(); batch],
+            values: (0..batch)
+                .flat_map(|i| (0..patches).map(move |p| (i, p)))
+                .collect(),
         }
     }
 }

@@ -176,7 +176,7 @@ impl AttentionPool {
                 "visual.attnpool.positional_embedding",
                 &[1 + grid * grid, channels],
             )?,
-            in_proj: Linear::new(weight, Some(bias), (3 * channels, channels)),
+            in_proj: Linear::frozen(weight, Some(bias), (3 * channels, channels)),
             c_proj: w.linear("visual.attnpool.c_proj", (arch.embed_dim, channels))?,
             heads: channels / HEAD_WIDTH,
             grid,

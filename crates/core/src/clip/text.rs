@@ -27,7 +27,7 @@ pub struct TextTower {
 }
 
 impl TextTower {
-    pub(crate) fn load(w: &mut Weights, arch: &Arch, storage: candle_core::DType) -> Result<Self> {
+    pub(crate) fn load(w: &mut Weights, arch: &Arch) -> Result<Self> {
         let width = arch.text_width;
         let token_embedding = w.take("token_embedding.weight")?;
         if token_embedding.dims() != [arch.vocab_size, width] {
@@ -41,6 +41,7 @@ impl TextTower {
                 expected,
             });
         }
+        let token_embedding = token_embedding.to_dtype(w.storage())?;
         let blocks = (0..arch.text_layers).map(|i| {
             Block::load(
                 w,
@@ -51,7 +52,7 @@ impl TextTower {
             )
         });
         Ok(Self {
-            token_embedding: token_embedding.to_dtype(storage)?,
+            token_embedding,
             blocks: blocks.collect::<Result<_>>()?,
             positions: w.tensor("positional_embedding", &[arch.context_length, width])?,
             ln_final: w.layer_norm("ln_final", width)?,

@@ -2,10 +2,11 @@
 
 use candle_core::{IndexOp, Tensor};
 
+use super::Glimpses;
 use super::block::{Block, Weights};
 use super::text::Probe;
 use crate::ops::{LayerNorm, Linear};
-use crate::{Arch, HEAD_WIDTH, Result};
+use crate::{Arch, Error, HEAD_WIDTH, Result};
 
 #[derive(Debug)]
 pub(crate) struct Vit {
@@ -32,7 +33,12 @@ impl Vit {
     ) -> Result<Self> {
         let grid = arch.image_resolution / patch_size;
         let patch = 3 * patch_size * patch_size;
-        let conv1 = w.stored("visual.conv1.weight", &[width, 3, patch_size, patch_size])?;
+        let conv1 = w.affine(
+            "visual.conv1.weight",
+            &[width, 3, patch_size, patch_size],
+            None,
+            (width, patch),
+        )?;
         let class_embedding = w.tensor("visual.class_embedding", &[width])?;
         let blocks = (0..layers).map(|i| {
             let prefix = format!("visual.transformer.resblocks.{i}");
@@ -42,7 +48,7 @@ impl Vit {
             blocks: blocks.collect::<Result<_>>()?,
             class_embedding: class_embedding.reshape((1, 1, width))?,
             positions: w.tensor("visual.positional_embedding", &[1 + grid * grid, width])?,
-            patches: Linear::new(conv1, None, (width, patch)),
+            patches: conv1,
             ln_pre: w.layer_norm("visual.ln_pre", width)?,
             ln_post: w.layer_norm("visual.ln_post", width)?,
             projection: w.projection("visual.proj", (width, arch.embed_dim))?,
@@ -51,27 +57,79 @@ impl Vit {
         })
     }
 
-    /// `(batch, 3, side, side)` → `(batch, 1 + grid², width)` after the last block.
-    fn tokens(&self, pixels: &Tensor, probe: Probe<'_>) -> Result<Tensor> {
+    /// Every patch's pixels as a row: `(batch, 3, side, side)` → `(batch, grid², 3·patch²)`.
+    fn patch_rows(&self, pixels: &Tensor) -> Result<Tensor> {
         let (batch, channels, height, width) = pixels.dims4()?;
         let p = self.patch_size;
         let (rows, columns) = (height / p, width / p);
         // A convolution whose step is its kernel: every patch is one row of a matrix.
-        let patches = pixels
+        Ok(pixels
             .reshape(&[batch, channels, rows, p, columns, p][..])?
             .permute([0, 2, 4, 1, 3, 5])?
-            .reshape((batch, rows * columns, channels * p * p))?;
-        let x = self.patches.forward(&patches)?;
+            .reshape((batch, rows * columns, channels * p * p))?)
+    }
+
+    /// What the first block reads: patches `(batch, n, 3·patch²)`, and the positions `(1 + n, width)` or
+    /// `(batch, 1 + n, width)` that belong to them.
+    fn enter(&self, patches: &Tensor, positions: &Tensor, probe: Probe<'_>) -> Result<Tensor> {
+        let x = self.patches.forward(patches)?;
         probe("conv1", &x)?;
-        let class = self.class_embedding.broadcast_as((batch, 1, self.width))?;
-        let x = Tensor::cat(&[&class, &x], 1)?.broadcast_add(&self.positions)?;
-        let mut x = self.ln_pre.forward(&x)?;
+        let class = self
+            .class_embedding
+            .broadcast_as((x.dim(0)?, 1, self.width))?;
+        let x = Tensor::cat(&[&class, &x], 1)?.broadcast_add(positions)?;
+        let x = self.ln_pre.forward(&x)?;
         probe("ln_pre", &x)?;
+        Ok(x)
+    }
+
+    /// `(batch, 3, side, side)` → `(batch, 1 + grid², width)` after the last block.
+    fn tokens(&self, pixels: &Tensor, probe: Probe<'_>) -> Result<Tensor> {
+        let mut x = self.enter(&self.patch_rows(pixels)?, &self.positions, probe)?;
         for (i, block) in self.blocks.iter().enumerate() {
             x = block.forward(&x, false)?;
             probe(&format!("block{i}"), &x)?;
         }
         Ok(x)
+    }
+
+    /// See [`super::ImageTower::encode_glimpses`].
+    pub(crate) fn encode_glimpses(&self, pixels: &Tensor, seen: &Glimpses) -> Result<Tensor> {
+        let batch = pixels.dim(0)?;
+        let kept = seen.kept.first().map_or(0, Vec::len);
+        let patches = self.patch_rows(pixels)?;
+        let (_, n, pixels_of_patch) = patches.dims3()?;
+        if seen.kept.len() != batch || seen.kept.iter().any(|kept_here| kept_here.len() != kept) {
+            let message = "a glimpse lists equally many patches of every image";
+            return Err(Error::Data(message.into()));
+        }
+        let index = |of: &mut dyn Iterator<Item = usize>| {
+            let rows: Vec<u32> = of.map(|row| row as u32).collect();
+            Tensor::new(rows, pixels.device())
+        };
+        let mut rows = (0..batch).flat_map(|i| seen.kept[i].iter().map(move |p| i * n + p));
+        let patches = patches
+            .reshape((batch * n, pixels_of_patch))?
+            .index_select(&index(&mut rows)?, 0)?
+            .reshape((batch, kept, pixels_of_patch))?;
+        let places = |kept: &Vec<usize>| {
+            let places: Vec<usize> = kept.iter().map(|p| p + 1).collect();
+            std::iter::once(0).chain(places)
+        };
+        let positions = self
+            .positions
+            .index_select(&index(&mut seen.kept.iter().flat_map(places))?, 0)?
+            .reshape((batch, 1 + kept, self.width))?;
+        let mut x = self.enter(&patches, &positions, &mut |_, _| Ok(()))?;
+        let Some((last, first)) = self.blocks.split_last() else {
+            return Err(Error::Data("the image tower has no block".into()));
+        };
+        for block in first {
+            x = block.forward(&x, false)?;
+        }
+        let mut rows = seen.values.iter().map(|(i, p)| i * (1 + kept) + 1 + p);
+        let x = last.class_and_values(&x, &index(&mut rows)?)?;
+        self.projection.forward(&self.ln_post.forward(&x)?)
     }
 
     /// The class token's feature, `(batch, embed_dim)`.

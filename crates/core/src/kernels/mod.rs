@@ -248,6 +248,66 @@ pub(crate) fn linear(
     });
 }
 
+/// [`linear`] for a matrix that is f32 already.
+pub(crate) fn linear_f32(
+    x: &[f32],
+    m: usize,
+    w: &[f32],
+    (n, k): (usize, usize),
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+) {
+    by_columns(x, (m, k, n), bias, out, |columns| Block {
+        data: Cow::Borrowed(&w[columns.start * k..columns.end * k]),
+        row_stride: 1,
+        col_stride: k,
+    });
+}
+
+/// [`linear_backward`] for a matrix that is f32 already.
+pub(crate) fn linear_backward_f32(
+    dy: &[f32],
+    m: usize,
+    w: &[f32],
+    (n, k): (usize, usize),
+    dx: &mut [f32],
+) {
+    by_columns(dy, (m, n, k), None, dx, |columns| Block {
+        data: Cow::Borrowed(&w[columns.start..]),
+        row_stride: k,
+        col_stride: 1,
+    });
+}
+
+/// The gradient of [`linear`] with respect to its weight: `dw (n, k) = dyᵀ (n, m) · x (m, k)`.
+pub(crate) fn linear_weight_gradient(
+    x: &[f32],
+    dy: &[f32],
+    m: usize,
+    (n, k): (usize, usize),
+    dw: &mut [f32],
+) {
+    gemm(
+        n,
+        k,
+        m,
+        1.0,
+        Mat::columns(dy, n),
+        Mat::rows(x, k),
+        0.0,
+        dw,
+        k,
+    );
+}
+
+/// The sum over the rows of `x (rows, sums.len())`: the gradient of a bias.
+pub(crate) fn column_sums(x: &[f32], sums: &mut [f32]) {
+    sums.fill(0.0);
+    for row in x.chunks_exact(sums.len()) {
+        sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+    }
+}
+
 /// The gradient of [`linear`] with respect to its input: `dx (m, k) = dy (m, n) · w`.
 pub(crate) fn linear_backward(
     dy: &[f32],
@@ -328,8 +388,48 @@ pub(crate) fn layer_norm_backward(x: &[f32], gain: &[f32], eps: f32, dy: &[f32],
         });
 }
 
+/// The gradient of [`layer_norm`] with respect to its gain.
+pub(crate) fn layer_norm_gain_gradient(x: &[f32], dy: &[f32], eps: f32, dgain: &mut [f32]) {
+    let width = dgain.len();
+    dgain.fill(0.0);
+    for (x, dy) in x.chunks_exact(width).zip(dy.chunks_exact(width)) {
+        let (mean, rstd) = moments(x, eps);
+        for ((dgain, x), dy) in dgain.iter_mut().zip(x).zip(dy) {
+            *dgain += dy * (x - mean) * rstd;
+        }
+    }
+}
+
+/// `e^x` to about one unit in the last place, without a branch or a call, so that loops over it use vector units.
+///
+/// `2^k · e^r` with `k` the nearest integer to `x / ln 2`; the polynomial of `e^r` is that of Cephes' `expf`.
+fn exp(x: f32) -> f32 {
+    // Adding 1.5·2²³ leaves the nearest integer in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    const LARGEST: f32 = 88.37;
+    const SMALLEST: f32 = -87.33;
+    let inside = x.clamp(SMALLEST, LARGEST);
+    let shifted = inside * std::f32::consts::LOG2_E + ROUND;
+    let k = shifted - ROUND;
+    let r = inside - k * 0.693_359_4 + k * 2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4;
+    for c in [
+        1.398_199_9e-3,
+        8.333_452e-3,
+        4.166_579_6e-2,
+        1.666_666_5e-1,
+        5.000_000_1e-1,
+    ] {
+        p = p * r + c;
+    }
+    let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
+    let y = (p * r * r + r + 1.0) * power;
+    let y = if x < SMALLEST { 0.0 } else { y };
+    if x > LARGEST { f32::INFINITY } else { y }
+}
+
 fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
+    1.0 / (1.0 + exp(-x))
 }
 
 const QUICK: f32 = 1.702;
@@ -376,7 +476,9 @@ fn softmax_row(row: &mut [f32]) {
     let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut sum = 0.0;
     for x in row.iter_mut() {
-        *x = (*x - max).exp();
+        *x = exp(*x - max);
+    }
+    for x in row.iter() {
         sum += *x;
     }
     let scale = 1.0 / sum;
@@ -586,6 +688,20 @@ mod tests {
             linear_backward(&a, m, &wide, (n, k), &mut db);
             prop_assert_eq!(&da, &db);
         }
+    }
+
+    #[test]
+    fn exponentials_are_exact_to_rounding() {
+        for i in -8_700..8_830 {
+            let x = i as f32 * 0.01 + 0.003;
+            let expected = f64::from(x).exp();
+            let error = (f64::from(exp(x)) - expected).abs() / expected;
+            assert!(error < 2.5e-7, "{x}: {error}");
+        }
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(f32::INFINITY), f32::INFINITY);
+        assert!(exp(f32::NAN).is_nan());
     }
 
     #[test]
