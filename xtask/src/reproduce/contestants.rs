@@ -23,7 +23,7 @@ struct Variant {
 const VARIANTS: &[Variant] = &[Variant {
     method: "coop",
     suffix: "-class-specific",
-    name: ", class-specific",
+    name: " (class-specific)",
     settings: || json!({"class_specific": true}),
     serves_new_classes: false,
 }];

@@ -5,7 +5,7 @@ use super::html::escape;
 const WIDTH: f64 = 360.0;
 const HEIGHT: f64 = 250.0;
 const LEFT: f64 = 40.0;
-const RIGHT: f64 = 112.0;
+const RIGHT: f64 = 120.0;
 const TOP: f64 = 12.0;
 const BOTTOM: f64 = 40.0;
 /// Least distance of two lines of text.
@@ -135,10 +135,15 @@ struct Name<'a> {
 
 impl<'a> Name<'a> {
     fn new(y: f64, place: usize, name: &'a str, dashed: bool) -> Self {
+        // What stands in brackets goes on a line of its own.
+        let lines = match name.find(" (") {
+            Some(at) => vec![&name[..at], &name[at + 1..]],
+            None => vec![name],
+        };
         Self {
             y,
             place,
-            lines: name.split(", ").collect(),
+            lines,
             dashed,
         }
     }
@@ -148,7 +153,7 @@ impl<'a> Name<'a> {
         let key = match self.dashed {
             true => format!(
                 "<line class=\"level\" x1=\"{:.1}\" x2=\"{:.1}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>",
-                x - 7.0,
+                x - 4.0,
                 x + 5.0
             ),
             false => mark(self.place, x, y),
@@ -402,7 +407,7 @@ mod tests {
             x_ticks: vec![(0.0, "1".into())],
             levels: vec![("zero-shot".into(), 0, 50.0)],
             series: vec![Series {
-                label: "CoOp, class-specific".into(),
+                label: "CoOp (class-specific)".into(),
                 place: 1,
                 points: points.iter().map(point).collect(),
             }],
@@ -429,7 +434,9 @@ mod tests {
 
     #[test]
     fn names_do_not_cover_each_other() {
-        let mut names: Vec<Name<'_>> = (0..5).map(|i| Name::new(200.0, i, "a, b", false)).collect();
+        let mut names: Vec<Name<'_>> = (0..5)
+            .map(|i| Name::new(200.0, i, "a (b)", false))
+            .collect();
         move_apart(&mut names);
         for pair in names.windows(2) {
             assert!(
