@@ -1,8 +1,9 @@
-//! The project's own commands: `cargo xtask parity`, `pretrain`, ...
+//! The project's own commands: `cargo xtask parity`, `pretrain`, `probe`, `reproduce`.
 
 mod parity;
 mod pretrain;
 mod probe;
+mod reproduce;
 
 use std::process::ExitCode;
 
@@ -18,6 +19,8 @@ enum Command {
     Pretrain(pretrain::Args),
     /// Judges a CLIP on the tasks of the picture world.
     Probe(probe::Args),
+    /// Compares the methods on the built-in benchmark or on a data set, and reports.
+    Reproduce(Box<reproduce::Args>),
 }
 
 fn main() -> ExitCode {
@@ -26,6 +29,7 @@ fn main() -> ExitCode {
         Command::Parity(args) => parity::main(&args),
         Command::Pretrain(args) => pretrain::main(&args).map(|()| ExitCode::SUCCESS),
         Command::Probe(args) => probe::main(&args).map(|()| ExitCode::SUCCESS),
+        Command::Reproduce(args) => reproduce::main(&args),
     };
     match outcome {
         Ok(code) => code,

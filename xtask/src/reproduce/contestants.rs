@@ -1,0 +1,268 @@
+//! Who takes part: every method of the registry as it is, and variants that are compared beside it.
+
+use anyhow::{Context, Result, anyhow, bail};
+use cliptune::method::{AnyMethod, Entry};
+use cliptune::registry;
+use serde_json::{Map, Value, json};
+
+/// Passes over the training pictures on the built-in benchmark. The papers train 50 to 200.
+pub(crate) const EPOCHS: usize = 30;
+
+/// A method with settings that differ from its defaults.
+struct Variant {
+    /// The method it belongs to.
+    method: &'static str,
+    /// Ending of its slug and of its name.
+    suffix: &'static str,
+    name: &'static str,
+    settings: fn() -> Value,
+    /// Whether what it learns serves classes that it was not trained on.
+    serves_new_classes: bool,
+}
+
+const VARIANTS: &[Variant] = &[Variant {
+    method: "coop",
+    suffix: "-class-specific",
+    name: " (class-specific)",
+    settings: || json!({"class_specific": true}),
+    serves_new_classes: false,
+}];
+
+/// A method as it takes part.
+#[derive(Clone, Debug)]
+pub(crate) struct Contestant {
+    /// Its name in folders.
+    pub(crate) slug: String,
+    /// Its name in tables.
+    pub(crate) label: String,
+    pub(crate) entry: Entry,
+    /// Whether it can be measured on classes that it was not trained on.
+    pub(crate) serves_new_classes: bool,
+    /// All settings, defaults included.
+    config: Value,
+}
+
+impl Contestant {
+    /// Whether nothing is learned, so that neither shots nor seed matter.
+    pub(crate) fn is_fixed(&self) -> bool {
+        self.entry.learns == "nothing"
+    }
+
+    /// All settings for a task whose hand-written sentence is `template`.
+    pub(crate) fn config(&self, template: &str) -> Result<Value> {
+        let mut config = self.config.clone();
+        if self.is_fixed()
+            && let Some(templates) = config.get_mut("templates")
+            && *templates == json!([])
+        {
+            *templates = json!([template]);
+        }
+        Ok(self.configured(&config)?.config())
+    }
+
+    fn configured(&self, config: &Value) -> Result<Box<dyn AnyMethod>> {
+        (self.entry.configure)(config).with_context(|| format!("settings of {}", self.label))
+    }
+}
+
+/// The contestants that `chosen` names (method or contestant; all if it is empty), with `settings` on top.
+///
+/// # Errors
+/// An unknown name, with the nearest; a setting that no contestant has.
+pub(crate) fn choose(chosen: &[String], settings: &[Setting]) -> Result<Vec<Contestant>> {
+    let mut all: Vec<Contestant> = registry::methods()
+        .into_iter()
+        .flat_map(variants_of)
+        .collect();
+    for name in chosen {
+        if !all.iter().any(|contestant| is_called(contestant, name)) {
+            let slugs = all.iter().map(|contestant| contestant.slug.as_str());
+            bail!("--methods {name}: {}", unknown("method", name, slugs));
+        }
+    }
+    all.retain(|contestant| {
+        chosen.is_empty() || chosen.iter().any(|name| is_called(contestant, name))
+    });
+    for setting in settings {
+        setting.apply(&mut all)?;
+    }
+    for contestant in &all {
+        contestant.configured(&contestant.config)?;
+    }
+    Ok(all)
+}
+
+fn is_called(contestant: &Contestant, name: &str) -> bool {
+    contestant.slug == name || contestant.entry.slug == name
+}
+
+/// The method with its defaults, then its variants.
+fn variants_of(entry: Entry) -> Vec<Contestant> {
+    let mut config = (entry.defaults)();
+    if let Some(Value::Object(train)) = config.get_mut("train") {
+        train.insert("epochs".into(), json!(EPOCHS));
+    }
+    let plain = Contestant {
+        slug: entry.slug.to_owned(),
+        label: entry.name.to_owned(),
+        entry,
+        serves_new_classes: true,
+        config,
+    };
+    let variants = VARIANTS
+        .iter()
+        .filter(|variant| variant.method == entry.slug);
+    let variants: Vec<Contestant> = variants
+        .map(|variant| {
+            let mut contestant = plain.clone();
+            contestant.slug.push_str(variant.suffix);
+            contestant.label.push_str(variant.name);
+            contestant.serves_new_classes = variant.serves_new_classes;
+            if let (Value::Object(config), Value::Object(over)) =
+                (&mut contestant.config, (variant.settings)())
+            {
+                config.extend(over);
+            }
+            contestant
+        })
+        .collect();
+    std::iter::once(plain).chain(variants).collect()
+}
+
+/// "no such method; did you mean ..." or the list of what there is.
+pub(crate) fn unknown<'a>(
+    what: &str,
+    found: &str,
+    known: impl Iterator<Item = &'a str> + Clone,
+) -> String {
+    match registry::closest(found, known.clone()) {
+        Some(meant) => format!("no such {what}; did you mean `{meant}`?"),
+        None => {
+            let all: Vec<&str> = known.collect();
+            format!("no such {what}; there are {}", all.join(", "))
+        }
+    }
+}
+
+/// `--set KEY=VALUE`: reaches every contestant that has the setting.
+#[derive(Clone, Debug)]
+pub(crate) struct Setting {
+    text: String,
+    path: Vec<String>,
+    value: Value,
+}
+
+impl Setting {
+    /// The value is JSON; what is no JSON is taken as a word.
+    pub(crate) fn parse(text: &str) -> Result<Self> {
+        let parts = text.split_once('=').map(|(k, v)| (k.trim(), v.trim()));
+        let Some((key, value)) = parts.filter(|(k, v)| !k.is_empty() && !v.is_empty()) else {
+            bail!("--set {text}: expected KEY=VALUE, for example --set train.epochs=50");
+        };
+        Ok(Self {
+            text: text.to_owned(),
+            path: key.split('.').map(str::to_owned).collect(),
+            value: serde_json::from_str(value).unwrap_or_else(|_| Value::from(value)),
+        })
+    }
+
+    fn apply(&self, contestants: &mut [Contestant]) -> Result<()> {
+        let mut known = Vec::new();
+        let mut reached = false;
+        for contestant in contestants {
+            known.extend(keys(&contestant.config, ""));
+            if let Some(place) = at_mut(&mut contestant.config, &self.path) {
+                *place = self.value.clone();
+                reached = true;
+            }
+        }
+        if reached {
+            return Ok(());
+        }
+        known.sort_unstable();
+        known.dedup();
+        let known = known.iter().map(String::as_str);
+        Err(anyhow!(
+            "--set {}: {}",
+            self.text,
+            unknown("setting", &self.path.join("."), known)
+        ))
+    }
+}
+
+fn at_mut<'a>(config: &'a mut Value, path: &[String]) -> Option<&'a mut Value> {
+    path.iter()
+        .try_fold(config, |place, key| place.get_mut(key.as_str()))
+}
+
+/// Names of all settings below `config`, tables included.
+fn keys(config: &Value, prefix: &str) -> Vec<String> {
+    let empty = Map::new();
+    let table = config.as_object().unwrap_or(&empty);
+    let each = |(key, value): (&String, &Value)| {
+        let name = format!("{prefix}{key}");
+        let mut names = keys(value, &format!("{name}."));
+        names.insert(0, name);
+        names
+    };
+    table.iter().flat_map(each).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(chosen: &[&str], sets: &[&str]) -> String {
+        let chosen: Vec<String> = chosen.iter().map(|name| (*name).to_owned()).collect();
+        let settings = sets
+            .iter()
+            .map(|set| Setting::parse(set))
+            .collect::<Result<Vec<_>>>();
+        settings
+            .and_then(|settings| choose(&chosen, &settings))
+            .unwrap_err()
+            .to_string()
+    }
+
+    #[test]
+    fn every_method_takes_part_and_coop_twice() -> Result<()> {
+        let all = choose(&[], &[])?;
+        let slugs: Vec<&str> = all.iter().map(|c| c.slug.as_str()).collect();
+        for entry in registry::methods() {
+            assert!(slugs.contains(&entry.slug), "{}", entry.slug);
+        }
+        assert!(slugs.contains(&"coop-class-specific"));
+        assert_eq!(choose(&["coop".into()], &[])?.len(), 2);
+        assert_eq!(choose(&["coop-class-specific".into()], &[])?.len(), 1);
+        Ok(())
+    }
+
+    #[test]
+    fn settings_reach_those_who_have_them() -> Result<()> {
+        let settings = [
+            Setting::parse("train.epochs=7")?,
+            Setting::parse("n_ctx = 4")?,
+        ];
+        for contestant in choose(&[], &settings)? {
+            let config = contestant.config("a {}.")?;
+            match contestant.slug.as_str() {
+                "zeroshot" => assert_eq!(config["templates"], json!(["a {}."])),
+                "coop" => assert_eq!(
+                    (&config["train"]["epochs"], &config["n_ctx"]),
+                    (&json!(7), &json!(4))
+                ),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_unknown_is_refused_with_the_nearest_name() {
+        assert!(message(&["coopp"], &[]).contains("did you mean `coop`?"));
+        assert!(message(&["xyzzy"], &[]).contains("zeroshot, coop"));
+        assert!(message(&[], &["train.epoch=3"]).contains("did you mean `train.epochs`?"));
+        assert!(message(&[], &["n_ctx"]).contains("KEY=VALUE"));
+        assert!(message(&[], &["n_ctx=0"]).contains("CoOp"));
+    }
+}

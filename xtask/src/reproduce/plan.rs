@@ -1,0 +1,306 @@
+//! Which runs a call consists of.
+
+use anyhow::{Result, bail};
+use cliptune::ImageNeeds;
+use serde_json::Value;
+
+use super::builtin;
+use super::contestants::{Contestant, unknown};
+use super::record::{Protocol, RunKey};
+use super::tasks::{Source, Task};
+
+/// What the arguments ask for; empty lists stand for the default.
+#[derive(Clone, Debug)]
+pub(crate) struct Wish {
+    pub(crate) contestants: Vec<Contestant>,
+    pub(crate) protocols: Vec<Protocol>,
+    pub(crate) tasks: Vec<String>,
+    pub(crate) shots: Vec<usize>,
+    pub(crate) seeds: Vec<u64>,
+}
+
+/// A run to be made.
+#[derive(Clone, Debug)]
+pub(crate) struct Planned {
+    pub(crate) key: RunKey,
+    pub(crate) contestant: Contestant,
+    pub(crate) task: Task,
+    pub(crate) config: Value,
+    /// Slugs of further tasks whose test pictures are measured on.
+    pub(crate) also_on: Vec<String>,
+}
+
+impl Planned {
+    /// What the method reads of an image.
+    pub(crate) fn needs(&self) -> ImageNeeds {
+        self.contestant.entry.needs
+    }
+
+    /// How long it takes, in no particular unit: for the progress bar.
+    pub(crate) fn weight(&self) -> u64 {
+        // Starting, reading weights and measuring cost about as much as a few hundred class prompts.
+        const START: usize = 600;
+        let number = |key: &str| {
+            self.config
+                .pointer(key)
+                .and_then(Value::as_u64)
+                .unwrap_or(0) as usize
+        };
+        let per_class = match self.config.get("class_specific").and_then(Value::as_bool) {
+            Some(true) => 4,
+            _ => 1,
+        };
+        let n_cls = match self.key.protocol {
+            Protocol::BaseToNew => self.task.n_cls.div_ceil(2),
+            _ => self.task.n_cls,
+        };
+        let steps = (self.key.shots * n_cls / number("/train/batch_size").max(1)).max(1);
+        (START + number("/train/epochs") * steps * (n_cls * per_class + 8)) as u64
+    }
+}
+
+/// All runs that `wish` asks for, cheap protocols and few shots first.
+///
+/// # Errors
+/// Unknown names, numbers that make no sense, nothing to do.
+pub(crate) fn plan(wish: &Wish, source: &Source) -> Result<Vec<Planned>> {
+    let known = source.tasks()?;
+    for name in &wish.tasks {
+        if !known.iter().any(|task| task.slug == *name) {
+            let slugs = known.iter().map(|task| task.slug.as_str());
+            bail!("--tasks {name}: {}", unknown("task", name, slugs));
+        }
+    }
+    check_numbers(wish, &known)?;
+    let mut runs = Vec::new();
+    for protocol in Protocol::ALL {
+        if wish.protocols.is_empty() || wish.protocols.contains(&protocol) {
+            let before = runs.len();
+            let of_protocol = Part {
+                wish,
+                source,
+                known: &known,
+                protocol,
+            };
+            of_protocol.plan(&mut runs)?;
+            if runs.len() == before && wish.protocols.contains(&protocol) {
+                bail!(
+                    "--protocols {}: {}",
+                    protocol.slug(),
+                    of_protocol.why_nothing()
+                );
+            }
+        }
+    }
+    if runs.is_empty() {
+        bail!("there is nothing to run");
+    }
+    Ok(runs)
+}
+
+fn check_numbers(wish: &Wish, known: &[Task]) -> Result<()> {
+    if wish.shots.contains(&0) {
+        bail!("--shots 0: expected at least one training picture a class");
+    }
+    let most = known.iter().filter_map(|task| task.most_shots).min();
+    if let (Some(most), Some(&largest)) = (most, wish.shots.iter().max())
+        && largest > most
+    {
+        bail!("--shots {largest}: the built-in tasks have {most} training pictures a class");
+    }
+    if wish.shots.is_empty() || wish.seeds.is_empty() {
+        bail!("--shots and --seeds need at least one number each");
+    }
+    Ok(())
+}
+
+/// The runs of one protocol.
+struct Part<'a> {
+    wish: &'a Wish,
+    source: &'a Source,
+    known: &'a [Task],
+    protocol: Protocol,
+}
+
+impl Part<'_> {
+    fn plan(&self, runs: &mut Vec<Planned>) -> Result<()> {
+        let largest = self.wish.shots.iter().max().copied().unwrap_or(1);
+        let shots = match self.protocol {
+            Protocol::FewShot => {
+                let mut shots = self.wish.shots.clone();
+                shots.sort_unstable();
+                shots.dedup();
+                shots
+            }
+            _ => vec![largest],
+        };
+        for task in self.known {
+            for contestant in &self.wish.contestants {
+                if !self.takes(task, contestant) {
+                    continue;
+                }
+                match contestant.is_fixed() {
+                    true => runs.push(self.run(task, contestant, 0, 1)?),
+                    false => {
+                        for &shots in &shots {
+                            for &seed in &self.wish.seeds {
+                                runs.push(self.run(task, contestant, shots, seed)?);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether `contestant` is run on `task`.
+    fn takes(&self, task: &Task, contestant: &Contestant) -> bool {
+        let builtin = matches!(self.source, Source::BuiltIn { .. });
+        let wanted = |default: &[&str]| match self.wish.tasks.as_slice() {
+            [] => !builtin || default.contains(&task.slug.as_str()),
+            tasks => tasks.contains(&task.slug),
+        };
+        match self.protocol {
+            // Zero-shot costs next to nothing, so it shows what CLIP knows of every task.
+            Protocol::FewShot if self.wish.tasks.is_empty() && contestant.is_fixed() => true,
+            Protocol::FewShot => wanted(builtin::FEW_SHOT),
+            Protocol::BaseToNew => {
+                task.n_cls >= 4 && contestant.serves_new_classes && wanted(builtin::BASE_TO_NEW)
+            }
+            Protocol::DomainShift => {
+                builtin && task.slug == builtin::SHIFT_FROM && wanted(&[builtin::SHIFT_FROM])
+            }
+        }
+    }
+
+    fn why_nothing(&self) -> String {
+        match self.protocol {
+            Protocol::FewShot => "there is no task".to_owned(),
+            Protocol::BaseToNew => {
+                "needs a task of at least 4 classes and a method that serves new classes".to_owned()
+            }
+            Protocol::DomainShift => match self.source {
+                Source::BuiltIn { .. } => {
+                    format!(
+                        "starts from the task `{}`; add it to --tasks",
+                        builtin::SHIFT_FROM
+                    )
+                }
+                Source::DataSet { .. } => "is there for the built-in tasks only".to_owned(),
+            },
+        }
+    }
+
+    fn run(
+        &self,
+        task: &Task,
+        contestant: &Contestant,
+        shots: usize,
+        seed: u64,
+    ) -> Result<Planned> {
+        Ok(Planned {
+            key: RunKey {
+                protocol: self.protocol,
+                task: task.slug.clone(),
+                contestant: contestant.slug.clone(),
+                shots,
+                seed,
+            },
+            config: contestant.config(&task.template)?,
+            contestant: contestant.clone(),
+            task: task.clone(),
+            also_on: match self.protocol {
+                Protocol::DomainShift => builtin::shifted(&task.slug),
+                _ => Vec::new(),
+            },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reproduce::contestants::choose;
+
+    fn wish(tasks: &[&str], protocols: &[Protocol]) -> Result<Wish> {
+        Ok(Wish {
+            contestants: choose(&["zeroshot".into(), "coop".into()], &[])?,
+            protocols: protocols.to_vec(),
+            tasks: tasks.iter().map(|task| (*task).to_owned()).collect(),
+            shots: vec![16, 1],
+            seeds: vec![1, 2, 3],
+        })
+    }
+
+    fn source() -> Source {
+        Source::BuiltIn {
+            pictures: String::new(),
+        }
+    }
+
+    #[test]
+    fn zero_shot_runs_once_on_every_task_and_the_rest_on_those_with_something_to_learn()
+    -> Result<()> {
+        let runs = plan(&wish(&[], &[])?, &source())?;
+        let of = |protocol, fixed| {
+            let of = |run: &&Planned| {
+                run.key.protocol == protocol && (run.key.contestant == "zeroshot") == fixed
+            };
+            runs.iter().filter(of).count()
+        };
+        assert_eq!(of(Protocol::FewShot, true), builtin::tasks().len());
+        // Two contestants, two numbers of shots, three seeds.
+        assert_eq!(of(Protocol::FewShot, false), builtin::FEW_SHOT.len() * 12);
+        // Class-specific contexts serve no new classes.
+        assert_eq!(of(Protocol::BaseToNew, true), builtin::BASE_TO_NEW.len());
+        assert_eq!(
+            of(Protocol::BaseToNew, false),
+            builtin::BASE_TO_NEW.len() * 3
+        );
+        assert_eq!(
+            (
+                of(Protocol::DomainShift, true),
+                of(Protocol::DomainShift, false)
+            ),
+            (1, 6)
+        );
+        let shift = runs
+            .iter()
+            .find(|run| run.key.protocol == Protocol::DomainShift);
+        assert!(shift.is_some_and(|run| run.also_on.len() > 1));
+        let mut folders: Vec<_> = runs.iter().map(|run| run.key.folder()).collect();
+        folders.sort();
+        folders.dedup();
+        assert_eq!(folders.len(), runs.len());
+        Ok(())
+    }
+
+    #[test]
+    fn every_default_task_exists() {
+        let known: Vec<String> = builtin::tasks().into_iter().map(|task| task.slug).collect();
+        let defaults = [
+            builtin::FEW_SHOT,
+            builtin::BASE_TO_NEW,
+            &[builtin::SHIFT_FROM],
+        ]
+        .concat();
+        for task in defaults {
+            assert!(known.iter().any(|slug| slug == task), "{task}");
+        }
+    }
+
+    #[test]
+    fn domain_shift_needs_its_task() -> Result<()> {
+        let message = |tasks: &[&str]| -> Result<String> {
+            let wish = wish(tasks, &[Protocol::DomainShift])?;
+            Ok(plan(&wish, &source())
+                .map(|runs| runs.len())
+                .unwrap_err()
+                .to_string())
+        };
+        assert!(message(&["texture"])?.contains("add it to --tasks"));
+        assert!(plan(&wish(&["shape"], &[Protocol::DomainShift])?, &source()).is_ok());
+        Ok(())
+    }
+}

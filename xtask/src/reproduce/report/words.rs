@@ -1,0 +1,31 @@
+//! Words that several parts of the report share.
+
+use crate::reproduce::record::Protocol;
+use crate::reproduce::summary::{Results, Stat, Who};
+
+/// A task's heading.
+pub(super) fn title<'a>(results: &'a Results, task: &'a str) -> &'a str {
+    let record = results.all().iter().find(|record| record.run.task == task);
+    record.map_or(task, |record| record.task.title.as_str())
+}
+
+/// What a task asks.
+pub(super) fn about<'a>(results: &'a Results, task: &str) -> &'a str {
+    let record = results.all().iter().find(|record| record.run.task == task);
+    record.map_or("", |record| record.task.about.as_str())
+}
+
+/// Best learner of a task at its largest number of shots.
+pub(super) fn best_learner(results: &Results, task: &str) -> Option<(Who, usize, Stat)> {
+    let shots = results.shots(Protocol::FewShot, task).last().copied()?;
+    let learners = results
+        .who(Protocol::FewShot, task)
+        .into_iter()
+        .filter(|who| !who.fixed);
+    learners
+        .filter_map(|who| {
+            let stat = results.few_shot(task, &who, shots)?;
+            Some((who, shots, stat))
+        })
+        .max_by(|a, b| a.2.mean.total_cmp(&b.2.mean))
+}
