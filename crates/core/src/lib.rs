@@ -3,6 +3,7 @@
 pub mod arch;
 pub mod checkpoint;
 pub mod clip;
+mod engine;
 mod error;
 pub mod files;
 mod kernels;

@@ -56,6 +56,13 @@ impl Linear {
         }
     }
 
+    pub(crate) fn as_frozen(&self) -> Option<&FrozenLinear> {
+        match self {
+            Self::Frozen(op) => Some(op),
+            Self::Learned(_) => None,
+        }
+    }
+
     /// Bytes held.
     pub(crate) fn bytes(&self) -> usize {
         match self {
@@ -74,6 +81,27 @@ pub(crate) struct FrozenLinear {
     bias: Option<Arc<Vec<f32>>>,
     in_width: usize,
     out_width: usize,
+}
+
+impl FrozenLinear {
+    /// `out (m, out) = x (m, in)·wᵀ + b`.
+    pub(crate) fn apply(&self, x: &[f32], m: usize, out: &mut [f32]) {
+        let sizes = (self.out_width, self.in_width);
+        let bias = self.bias.as_deref().map(Vec::as_slice);
+        kernels::linear(x, m, &self.weight, sizes, bias, out);
+    }
+
+    /// `out += x·wᵀ + b`.
+    pub(crate) fn add(&self, x: &[f32], m: usize, out: &mut [f32]) {
+        let sizes = (self.out_width, self.in_width);
+        let bias = self.bias.as_deref().map(Vec::as_slice);
+        kernels::linear_add(x, m, &self.weight, sizes, bias, out);
+    }
+
+    /// `dx (m, in) = dy (m, out)·w`.
+    pub(crate) fn backward(&self, dy: &[f32], m: usize, dx: &mut [f32]) {
+        kernels::linear_backward(dy, m, &self.weight, (self.out_width, self.in_width), dx);
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -186,7 +214,10 @@ fn expect_width(what: &str, x: &Tensor, width: usize) -> Result<()> {
 }
 
 /// The values of a contiguous f32 argument.
-fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+pub(crate) fn values<'a>(
+    storage: &'a CpuStorage,
+    layout: &Layout,
+) -> candle_core::Result<&'a [f32]> {
     let (start, end) = layout
         .contiguous_offsets()
         .ok_or_else(|| candle_core::Error::Msg("operand is not contiguous".into()).bt())?;
@@ -213,6 +244,11 @@ fn filled(
     let mut out = vec![0.0; shape.elem_count()];
     with_values(a, |a| with_values(b, |b| f(a, b, &mut out)))??;
     Tensor::from_vec(out, shape, a.device())
+}
+
+/// A tensor of `like`'s shape and device.
+pub(crate) fn from_values(values: Vec<f32>, like: &Tensor) -> candle_core::Result<Tensor> {
+    Tensor::from_vec(values, like.shape(), like.device())
 }
 
 /// A frozen operation whose gradient is not known: asking for one is an error, never silence.
@@ -303,6 +339,13 @@ impl LayerNorm {
         })
     }
 
+    pub(crate) fn as_frozen(&self) -> Option<&FrozenNorm> {
+        match self {
+            Self::Frozen(op) => Some(op),
+            Self::Learned { .. } => None,
+        }
+    }
+
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         const WHAT: &str = "input of a LayerNorm";
         match self {
@@ -322,6 +365,16 @@ impl LayerNorm {
 pub(crate) struct FrozenNorm {
     gain: Arc<Vec<f32>>,
     bias: Arc<Vec<f32>>,
+}
+
+impl FrozenNorm {
+    pub(crate) fn normalise(&self, x: &[f32], out: &mut [f32]) {
+        kernels::layer_norm(x, &self.gain, &self.bias, LAYER_NORM_EPS, out);
+    }
+
+    pub(crate) fn backward(&self, x: &[f32], dy: &[f32], dx: &mut [f32]) {
+        kernels::layer_norm_backward(x, &self.gain, LAYER_NORM_EPS, dy, dx);
+    }
 }
 
 impl CustomOp1 for FrozenNorm {

@@ -8,6 +8,8 @@ use std::ops::Range;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
+use crate::engine::plan::Place;
+use crate::engine::run::Deep;
 use crate::tokenizer::{END, START, Tokenizer};
 use crate::{Classes, Error, Result, clip::TextTower};
 
@@ -44,6 +46,8 @@ pub enum ClassTokenPosition {
 #[derive(Clone, Debug, Default)]
 pub struct Prompts {
     learned: Vec<Tensor>,
+    /// Learned tensors with rows for deeper blocks.
+    deeper: Vec<(usize, Tensor)>,
     rows: Vec<Vec<Piece>>,
 }
 
@@ -60,8 +64,8 @@ impl Prompts {
             .map(|ids| vec![Piece::Words(ids)])
             .collect();
         Self {
-            learned: Vec::new(),
             rows,
+            ..Self::default()
         }
     }
 
@@ -86,11 +90,31 @@ impl Prompts {
         self.rows.is_empty()
     }
 
-    /// Input embeddings `(prompts, longest, width)` without positions, and each prompt's last token.
+    /// Replaces the rows of learned tensor `source` again at deeper blocks: `deeper (blocks, rows, width)` holds what stands
+    /// there at the input of block 1, 2, ... (MaPLe's deep prompts). Behind the last of them the rows run on.
     ///
-    /// One table holds the distinct words and the learned rows; one gather lays them out, so the gradient of each learned
-    /// row is the sum over the prompts that share it.
-    pub(crate) fn embed(&self, tower: &TextTower) -> Result<(Tensor, Vec<usize>)> {
+    /// # Errors
+    /// [`Error::Shape`] if it has not as many rows as the learned tensor's contexts.
+    pub fn deepen(&mut self, source: usize, deeper: &Tensor) -> Result<()> {
+        let rows = self.learned.get(source).map(|t| t.dims());
+        match (rows, deeper.dims()) {
+            (Some([.., rows, width]), [_, r, w]) if (rows, width) == (r, w) => {
+                self.deeper.push((source, deeper.clone()));
+                Ok(())
+            }
+            (learned, found) => Err(Error::Shape {
+                what: format!("deeper rows of learned tensor {source}"),
+                found: found.to_vec(),
+                expected: learned.unwrap_or_default().to_vec(),
+            }),
+        }
+    }
+
+    /// What each prompt reads, and the tables of what there is to read.
+    ///
+    /// One table holds the distinct words and the learned rows, so the gradient of each learned row is the sum over the
+    /// prompts that share it.
+    pub(crate) fn lay_out(&self, tower: &TextTower) -> Result<LaidOut> {
         let (width, room) = (tower.width(), tower.context_length());
         let mut words: Vec<u32> = Vec::new();
         let mut word_rows = HashMap::new();
@@ -127,6 +151,7 @@ impl Prompts {
             sources.push((first_row, contexts, rows));
             first_row += contexts * rows;
         }
+        let (deep, deep_table, slots) = self.lay_out_deeper()?;
         let mut laid_out = Vec::with_capacity(self.rows.len());
         for pieces in &self.rows {
             let (mut row, mut end) = (Vec::new(), None);
@@ -135,7 +160,7 @@ impl Prompts {
                     Piece::Words(ids) => {
                         let first_end = ids.iter().position(|&id| id == END);
                         end = end.or(first_end.map(|at| row.len() + at + 1));
-                        row.extend(ids.iter().map(|id| word_rows[id] as u32));
+                        row.extend(ids.iter().map(|id| Place::shallow(word_rows[id] as u32)));
                     }
                     Piece::Learned {
                         source,
@@ -143,7 +168,11 @@ impl Prompts {
                         rows,
                     } => match sources.get(*source) {
                         Some(&(first, contexts, n)) if *context < contexts && rows.end <= n => {
-                            row.extend(rows.clone().map(|r| (first + context * n + r) as u32));
+                            let deep = slots.get(source);
+                            row.extend(rows.clone().map(|r| Place {
+                                row: (first + context * n + r) as u32,
+                                deep: deep.map_or(0, |first| (first + r + 1) as u32),
+                            }));
                         }
                         _ => {
                             let message = format!(
@@ -169,28 +198,38 @@ impl Prompts {
             row.truncate(end.unwrap_or(row.len()));
             laid_out.push(row);
         }
-        let longest = laid_out.iter().map(Vec::len).max().unwrap_or(0);
-        let ends = laid_out.iter().map(|row| row.len() - 1).collect();
-        // What pads the shorter prompts stands behind their end token, where the causal tower never looks.
-        let index: Vec<u32> = laid_out
-            .iter()
-            .flat_map(|row| {
-                row.iter()
-                    .copied()
-                    .chain(std::iter::repeat(row[0]))
-                    .take(longest)
-            })
-            .collect();
-        let table = if table.len() == 1 {
-            table.remove(0)
-        } else {
-            Tensor::cat(&table, 0)?
+        let table = match table.len() {
+            1 => table.remove(0),
+            _ => Tensor::cat(&table, 0)?,
         };
-        let index = Tensor::new(index, table.device())?;
-        let embedded = table
-            .index_select(&index, 0)?
-            .reshape((self.rows.len(), longest, width))?;
-        Ok((embedded, ends))
+        Ok(LaidOut {
+            table,
+            words: words.len(),
+            prompts: laid_out,
+            deep,
+            deep_table,
+        })
+    }
+
+    /// The deep rows, the table they are in, and each deepened source's first slot.
+    fn lay_out_deeper(&self) -> Result<(Deep, Option<Tensor>, HashMap<usize, usize>)> {
+        let (mut deep, mut slots, mut tables) = (Deep::default(), HashMap::new(), Vec::new());
+        let mut first = 0;
+        for (source, tensor) in &self.deeper {
+            let (blocks, rows, width) = tensor.dims3()?;
+            slots.insert(*source, deep.rows.len());
+            deep.rows.extend((0..rows).map(|row| {
+                let at = |block: usize| (first + block * rows + row) as u32;
+                (0..blocks).map(at).collect::<Vec<u32>>()
+            }));
+            tables.push(tensor.reshape((blocks * rows, width))?);
+            first += blocks * rows;
+        }
+        let table = match tables.len() {
+            0 => None,
+            _ => Some(Tensor::cat(&tables, 0)?),
+        };
+        Ok((deep, table, slots))
     }
 
     fn describe(&self, pieces: &[Piece]) -> String {
@@ -206,6 +245,43 @@ impl Prompts {
             Piece::Learned { rows, .. } => format!("[{} learned]", rows.len()),
         });
         text.filter(|t| !t.is_empty()).collect::<Vec<_>>().join(" ")
+    }
+}
+
+/// Prompts in rows of tables.
+pub(crate) struct LaidOut {
+    /// Input embeddings without positions: frozen words, then learned rows. `(rows, width)`.
+    pub(crate) table: Tensor,
+    /// How many of them are frozen words.
+    pub(crate) words: usize,
+    /// What each prompt reads; its end is the last.
+    pub(crate) prompts: Vec<Vec<Place>>,
+    pub(crate) deep: Deep,
+    /// `(deep rows, width)`.
+    pub(crate) deep_table: Option<Tensor>,
+}
+
+impl LaidOut {
+    /// Input embeddings `(prompts, longest, width)` without positions, and each prompt's last place.
+    pub(crate) fn padded(&self) -> Result<(Tensor, Vec<usize>)> {
+        let longest = self.prompts.iter().map(Vec::len).max().unwrap_or(0);
+        let ends = self.prompts.iter().map(|places| places.len() - 1).collect();
+        // What pads the shorter prompts stands behind their end token, where the causal tower never looks.
+        let index: Vec<u32> = self
+            .prompts
+            .iter()
+            .flat_map(|places| {
+                let padding = std::iter::repeat(places[0].row);
+                places.iter().map(|p| p.row).chain(padding).take(longest)
+            })
+            .collect();
+        let index = Tensor::new(index, self.table.device())?;
+        let width = self.table.dim(1)?;
+        let embedded =
+            self.table
+                .index_select(&index, 0)?
+                .reshape((self.prompts.len(), longest, width))?;
+        Ok((embedded, ends))
     }
 }
 

@@ -294,7 +294,7 @@ impl Wish {
 /// Least sum of absolute differences between an object's colour and the ground.
 pub(crate) const MIN_DIFFERENCE: f32 = 0.6;
 /// Least difference in brightness where colours are not shown.
-pub(crate) const MIN_LUMA_DIFFERENCE: f32 = 0.2;
+pub(crate) const MIN_LUMA_DIFFERENCE: f32 = 0.15;
 
 /// Puts up to nine objects into different cells of a grid of 2×2 (if they are few, half of the time) or 3×3.
 fn put_in_cells(objects: &mut [Object], stream: &mut Stream) {
@@ -305,7 +305,7 @@ fn put_in_cells(objects: &mut [Object], stream: &mut Stream) {
     };
     let cell = SIDE as f32 / across as f32;
     let cells: Vec<usize> = (0..across * across).collect();
-    let size = stream.range(0.78, 0.92) * cell / 2.0;
+    let size = stream.range(0.72, 0.92) * cell / 2.0;
     for (object, at) in objects.iter_mut().zip(stream.some(&cells, across * across)) {
         object.radius = size * stream.range(0.93, 1.0);
         let room = cell / 2.0 - object.radius * 1.07;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, IndexOp, Tensor};
 
 use crate::kernels::Stored;
-use crate::ops::{self, LayerNorm, Linear};
+use crate::ops::{self, FrozenLinear, FrozenNorm, LayerNorm, Linear};
 use crate::{Activation, Error, Result};
 
 /// Hands out a checkpoint's tensors, each once, in the type in which they are to be kept.
@@ -39,6 +39,11 @@ impl Weights {
     /// The type in which frozen matrices are kept.
     pub(crate) fn storage(&self) -> DType {
         self.storage
+    }
+
+    /// Whether layers hold variables.
+    pub(crate) fn is_learned(&self) -> bool {
+        self.learned
     }
 
     /// Takes the tensor out, so that it is freed as soon as the layer holds its own copy.
@@ -222,10 +227,35 @@ impl Block {
         Ok((x + self.c_proj.forward(&hidden)?)?)
     }
 
+    /// The layers as plain loops, if no weight is learned.
+    pub(crate) fn frozen(&self) -> Option<FrozenBlock<'_>> {
+        Some(FrozenBlock {
+            ln_1: self.ln_1.as_frozen()?,
+            in_proj: self.in_proj.as_frozen()?,
+            out_proj: self.out_proj.as_frozen()?,
+            ln_2: self.ln_2.as_frozen()?,
+            c_fc: self.c_fc.as_frozen()?,
+            c_proj: self.c_proj.as_frozen()?,
+            activation: self.activation,
+        })
+    }
+
     pub(crate) fn bytes(&self) -> usize {
         [&self.in_proj, &self.out_proj, &self.c_fc, &self.c_proj]
             .iter()
             .map(|l| l.bytes())
             .sum()
     }
+}
+
+/// A [`Block`] whose layers are called on slices.
+#[derive(Clone, Copy)]
+pub(crate) struct FrozenBlock<'a> {
+    pub(crate) ln_1: &'a FrozenNorm,
+    pub(crate) in_proj: &'a FrozenLinear,
+    pub(crate) out_proj: &'a FrozenLinear,
+    pub(crate) ln_2: &'a FrozenNorm,
+    pub(crate) c_fc: &'a FrozenLinear,
+    pub(crate) c_proj: &'a FrozenLinear,
+    pub(crate) activation: Activation,
 }

@@ -16,6 +16,7 @@ use self::resnet::ResNet;
 use self::vit::Vit;
 use crate::{Arch, Checkpoint, Error, Params, Preprocess, Result, VisionArch, checkpoint, ops};
 
+pub(crate) use self::block::{Block, FrozenBlock};
 pub use self::text::{Probe, TextTower};
 
 /// How frozen weights are kept in memory. Computation is always in f32.

@@ -1,8 +1,13 @@
 //! The text tower: causal, frozen, reading declared prompts.
 
-use candle_core::{IndexOp, Tensor};
+use std::sync::Arc;
+
+use candle_core::{DType, IndexOp, Tensor};
 
 use super::block::{Block, Weights};
+use crate::engine::Tower;
+use crate::engine::plan::{CHUNK_ROWS, Chunk, Plan};
+use crate::engine::run::Wanted;
 use crate::ops::{LayerNorm, Linear};
 use crate::prompt::Prompts;
 use crate::tokenizer::Tokenizer;
@@ -18,12 +23,15 @@ pub struct TextTower {
     token_embedding: Tensor,
     /// `(context_length, width)`.
     positions: Tensor,
-    blocks: Vec<Block>,
+    /// Shared with the operations that run them.
+    blocks: Arc<Vec<Block>>,
     ln_final: LayerNorm,
     projection: Linear,
     width: usize,
     context_length: usize,
     vocab_size: usize,
+    /// Whether its weights are learned themselves.
+    learned: bool,
 }
 
 impl TextTower {
@@ -53,13 +61,14 @@ impl TextTower {
         });
         Ok(Self {
             token_embedding,
-            blocks: blocks.collect::<Result<_>>()?,
+            blocks: Arc::new(blocks.collect::<Result<_>>()?),
             positions: w.tensor("positional_embedding", &[arch.context_length, width])?,
             ln_final: w.layer_norm("ln_final", width)?,
             projection: w.projection("text_projection", (width, arch.embed_dim))?,
             width,
             context_length: arch.context_length,
             vocab_size: arch.vocab_size,
+            learned: w.is_learned(),
         })
     }
 
@@ -113,7 +122,10 @@ impl TextTower {
     /// [`Error::PromptTooLong`] if a prompt has more tokens than the tower has positions, [`Error::Shape`] if a learned
     /// tensor is not as wide as the tower.
     pub fn encode(&self, prompts: &Prompts) -> Result<Tensor> {
-        self.run(prompts, None)
+        match self.learned {
+            true => self.run_plainly(prompts, None),
+            false => self.run(prompts),
+        }
     }
 
     /// As [`TextTower::encode`], showing every hidden state `(prompts, tokens, width)` to `probe`.
@@ -121,15 +133,22 @@ impl TextTower {
     /// # Errors
     /// As [`TextTower::encode`], and those of `probe`.
     pub fn encode_probed(&self, prompts: &Prompts, probe: Probe<'_>) -> Result<Tensor> {
-        self.run(prompts, Some(probe))
+        self.run_plainly(prompts, Some(probe))
     }
 
-    fn run(&self, prompts: &Prompts, mut probe: Option<Probe<'_>>) -> Result<Tensor> {
+    /// All positions of all prompts, padded to the longest: for towers that are trained, and to look inside.
+    fn run_plainly(&self, prompts: &Prompts, mut probe: Option<Probe<'_>>) -> Result<Tensor> {
         let mut show = |name: &str, x: &Tensor| match &mut probe {
             Some(probe) => probe(name, x),
             None => Ok(()),
         };
-        let (embedded, ends) = prompts.embed(self)?;
+        let laid_out = prompts.lay_out(self)?;
+        if !laid_out.deep.rows.is_empty() {
+            return Err(Error::Data(
+                "deeper rows are known to the prompt engine only".into(),
+            ));
+        }
+        let (embedded, ends) = laid_out.padded()?;
         let (n, tokens, width) = embedded.dims3()?;
         let mut x = embedded.broadcast_add(&self.positions.i(..tokens)?)?;
         show("embedded", &x)?;
@@ -148,6 +167,34 @@ impl TextTower {
         let rows = Tensor::new(rows, x.device())?;
         let x = x.reshape((n * tokens, width))?.index_select(&rows, 0)?;
         self.projection.forward(&self.ln_final.forward(&x)?)
+    }
+
+    /// Through the prompt engine.
+    fn run(&self, prompts: &Prompts) -> Result<Tensor> {
+        let laid_out = prompts.lay_out(self)?;
+        let plan = Plan::new(&laid_out.prompts, CHUNK_ROWS);
+        let device = laid_out.table.device();
+        let rows: Vec<u32> = plan.places.iter().map(|place| place.row).collect();
+        let positions = Tensor::new(plan.positions.as_slice(), device)?;
+        let inputs = (laid_out
+            .table
+            .index_select(&Tensor::new(rows, device)?, 0)?
+            + self.positions.index_select(&positions, 0)?)?;
+        let learned = |chunks: &[Chunk]| {
+            let mut places = chunks.iter().flat_map(|c| &plan.places[c.range()]);
+            places.any(|p| p.row as usize >= laid_out.words || p.deep > 0)
+        };
+        let wanted = Wanted {
+            beginnings: learned(&plan.beginnings),
+            endings: learned(&plan.endings),
+        };
+        let deep = match &laid_out.deep_table {
+            Some(table) => table.clone(),
+            None => Tensor::zeros((1, self.width), DType::F32, device)?,
+        };
+        let tower = Tower::new(self.blocks.clone(), plan, laid_out.deep, self.width, wanted);
+        let ends = tower.apply(&inputs, &deep)?;
+        self.projection.forward(&self.ln_final.forward(&ends)?)
     }
 
     /// Bytes of frozen weights held.

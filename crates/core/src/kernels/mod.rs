@@ -159,16 +159,42 @@ struct Block<'a> {
     col_stride: usize,
 }
 
+/// What a product is added to.
+#[derive(Clone, Copy)]
+enum Start<'a> {
+    /// The bias, or nothing.
+    Set(Option<&'a [f32]>),
+    /// What the output holds, and the bias.
+    Add(Option<&'a [f32]>),
+}
+
+impl<'a> Start<'a> {
+    fn bias(self) -> Option<&'a [f32]> {
+        match self {
+            Self::Set(bias) | Self::Add(bias) => bias,
+        }
+    }
+
+    fn fits(self, n: usize) -> bool {
+        self.bias().is_none_or(|bias| bias.len() == n)
+    }
+
+    /// Whether the output holds something by the time the product is formed.
+    fn reads_output(self) -> bool {
+        matches!(self, Self::Add(_) | Self::Set(Some(_)))
+    }
+}
+
 /// `out (m, n) = x (m, k) · B (+ bias)`; `block(columns)` gives those columns of B as a `(k, columns.len())` matrix.
 fn by_columns<'w>(
     x: &[f32],
     (m, k, n): (usize, usize, usize),
-    bias: Option<&[f32]>,
+    start: Start<'_>,
     out: &mut [f32],
     block: impl Fn(Range<usize>) -> Block<'w> + Sync,
 ) {
     assert!(
-        x.len() >= m * k && out.len() == m * n && bias.is_none_or(|b| b.len() == n),
+        x.len() >= m * k && out.len() == m * n && start.fits(n),
         "matrix sizes"
     );
     if m == 0 {
@@ -185,13 +211,17 @@ fn by_columns<'w>(
             col_stride: b.col_stride,
         };
         assert!(b.fits(k, width), "matrix sizes");
-        if let Some(bias) = bias {
+        if let Some(bias) = start.bias() {
             for row in 0..m {
                 // SAFETY: row `row < m`, columns below `n`, of `m·n` outputs; no other task touches these columns.
                 let cells = unsafe {
                     std::slice::from_raw_parts_mut(shared.at(row * n + columns.start), width)
                 };
-                cells.copy_from_slice(&bias[columns.clone()]);
+                let bias = &bias[columns.clone()];
+                match start {
+                    Start::Add(_) => cells.iter_mut().zip(bias).for_each(|(c, b)| *c += b),
+                    Start::Set(_) => cells.copy_from_slice(bias),
+                }
             }
         }
         // SAFETY: reads stay inside `x` (m·k) and `b` (checked above); writes go to this task's columns of `out` alone.
@@ -203,7 +233,7 @@ fn by_columns<'w>(
                 shared.at(columns.start),
                 1,
                 n as isize,
-                bias.is_some(),
+                start.reads_output(),
                 x.as_ptr(),
                 1,
                 k as isize,
@@ -226,11 +256,34 @@ pub(crate) fn linear(
     x: &[f32],
     m: usize,
     w: &Stored,
-    (n, k): (usize, usize),
+    sizes: (usize, usize),
     bias: Option<&[f32]>,
     out: &mut [f32],
 ) {
-    by_columns(x, (m, k, n), bias, out, |columns| {
+    product(x, m, w, sizes, Start::Set(bias), out);
+}
+
+/// `out += x·wᵀ + bias`.
+pub(crate) fn linear_add(
+    x: &[f32],
+    m: usize,
+    w: &Stored,
+    sizes: (usize, usize),
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+) {
+    product(x, m, w, sizes, Start::Add(bias), out);
+}
+
+fn product(
+    x: &[f32],
+    m: usize,
+    w: &Stored,
+    (n, k): (usize, usize),
+    start: Start<'_>,
+    out: &mut [f32],
+) {
+    by_columns(x, (m, k, n), start, out, |columns| {
         let rows = columns.start * k..columns.end * k;
         let data = match w {
             Stored::F32(w) => Cow::Borrowed(&w[rows]),
@@ -257,7 +310,7 @@ pub(crate) fn linear_f32(
     bias: Option<&[f32]>,
     out: &mut [f32],
 ) {
-    by_columns(x, (m, k, n), bias, out, |columns| Block {
+    by_columns(x, (m, k, n), Start::Set(bias), out, |columns| Block {
         data: Cow::Borrowed(&w[columns.start * k..columns.end * k]),
         row_stride: 1,
         col_stride: k,
@@ -272,7 +325,7 @@ pub(crate) fn linear_backward_f32(
     (n, k): (usize, usize),
     dx: &mut [f32],
 ) {
-    by_columns(dy, (m, n, k), None, dx, |columns| Block {
+    by_columns(dy, (m, n, k), Start::Set(None), dx, |columns| Block {
         data: Cow::Borrowed(&w[columns.start..]),
         row_stride: k,
         col_stride: 1,
@@ -316,7 +369,7 @@ pub(crate) fn linear_backward(
     (n, k): (usize, usize),
     dx: &mut [f32],
 ) {
-    by_columns(dy, (m, n, k), None, dx, |columns| match w {
+    by_columns(dy, (m, n, k), Start::Set(None), dx, |columns| match w {
         Stored::F32(w) => Block {
             data: Cow::Borrowed(&w[columns.start..]),
             row_stride: k,
@@ -418,7 +471,7 @@ fn exp(x: f32) -> f32 {
         8.333_452e-3,
         4.166_579_6e-2,
         1.666_666_5e-1,
-        5.000_000_1e-1,
+        0.5,
     ] {
         p = p * r + c;
     }
@@ -472,7 +525,7 @@ pub(crate) fn activate_backward(kind: Activation, x: &[f32], dy: &[f32], dx: &mu
 }
 
 /// Softmax of a row in place; entries of minus infinity become zero.
-fn softmax_row(row: &mut [f32]) {
+pub(crate) fn softmax_row(row: &mut [f32]) {
     let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut sum = 0.0;
     for x in row.iter_mut() {
