@@ -141,7 +141,7 @@ struct Point {
     scale: f64,
     /// Zero-shot accuracy in percent by task.
     zero_shot: Vec<(String, f64)>,
-    /// Seconds of training so far, and processor seconds of all threads.
+    /// Seconds of training so far.
     seconds: f64,
 }
 
@@ -335,7 +335,7 @@ fn train(training: &mut Training, state: &std::path::Path) -> Result<()> {
         bar.inc(1);
         bar.set_message(format!("loss {:.3}", smooth.total));
         let last = training.step == training.settings.steps;
-        if training.step % LOOK_EVERY == 0 || last {
+        if training.step.is_multiple_of(LOOK_EVERY) || last {
             let point = training.look(smooth)?.to_string();
             bar.suspend(|| out::line(&point));
         }

@@ -5,7 +5,7 @@ use cliptune::ImageNeeds;
 use serde_json::Value;
 
 use super::builtin;
-use super::contestants::{Contestant, unknown};
+use super::contestants::{Contestant, Drawn, unknown};
 use super::record::{Protocol, RunKey};
 use super::tasks::{Source, Task};
 
@@ -199,6 +199,12 @@ impl Part<'_> {
         shots: usize,
         seed: u64,
     ) -> Result<Planned> {
+        let n_cls = match self.protocol {
+            Protocol::BaseToNew => task.n_cls.div_ceil(2),
+            _ => task.n_cls,
+        };
+        let builtin = matches!(self.source, Source::BuiltIn { .. });
+        let drawn = builtin.then_some(Drawn { shots, n_cls });
         Ok(Planned {
             key: RunKey {
                 protocol: self.protocol,
@@ -207,7 +213,7 @@ impl Part<'_> {
                 shots,
                 seed,
             },
-            config: contestant.config(&task.template)?,
+            config: contestant.config(&task.template, drawn)?,
             contestant: contestant.clone(),
             task: task.clone(),
             also_on: match self.protocol {
