@@ -31,6 +31,12 @@ pub enum Task {
     Place,
     /// The shape of one object, all pictures in one style; not defined for [`Style::Plain`], which is [`Task::Shape`].
     Styled(Style),
+    /// The shape of one object that is a few pixels wide, 36 classes.
+    Small,
+    /// The variety of one object that is turned by a quarter or a half, 24 classes.
+    RotatedVariety,
+    /// The number of different objects, one to four.
+    Mixed,
 }
 
 /// Colours of [`Task::ColorShape`].
@@ -59,7 +65,7 @@ pub(crate) const NUMBERS: [&str; 6] = ["one", "two", "three", "four", "five", "s
 
 impl Task {
     /// All tasks.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 20] = [
         Self::Shape,
         Self::Color,
         Self::Pattern,
@@ -77,6 +83,9 @@ impl Task {
         Self::Styled(Style::Inverted),
         Self::Styled(Style::Rotated),
         Self::Styled(Style::Grey),
+        Self::Small,
+        Self::RotatedVariety,
+        Self::Mixed,
     ];
 
     /// A short name for files and command lines, such as `"color"` or `"shape-sketch"`.
@@ -94,6 +103,9 @@ impl Task {
             Self::Style => "style".into(),
             Self::Place => "place".into(),
             Self::Styled(style) => format!("shape-{}", style.word()),
+            Self::Small => "small".into(),
+            Self::RotatedVariety => "variety-rotated".into(),
+            Self::Mixed => "mixed".into(),
         }
     }
 
@@ -117,6 +129,9 @@ impl Task {
             Self::Style => "Styles".into(),
             Self::Place => "Places".into(),
             Self::Styled(style) => format!("Shapes, {}", style.word()),
+            Self::Small => "Small shapes".into(),
+            Self::RotatedVariety => "Varieties, rotated".into(),
+            Self::Mixed => "Counting different things".into(),
         }
     }
 
@@ -152,6 +167,15 @@ impl Task {
             Self::Styled(Style::Inverted) => "The 36 shapes as negatives.",
             Self::Styled(Style::Rotated) => "The 36 shapes turned by 90, 180 or 270 degrees.",
             Self::Styled(Style::Grey) => "The 36 shapes without colours.",
+            Self::Small => {
+                "Which of 36 shapes an object of 12 to 18 pixels is; training shows few as small."
+            }
+            Self::RotatedVariety => {
+                "The 24 varieties turned by 90, 180 or 270 degrees; captions hardly ever use these names."
+            }
+            Self::Mixed => {
+                "How many different objects there are, from one to four; captions list them and do not count."
+            }
         }
     }
 
@@ -159,16 +183,17 @@ impl Task {
     pub fn classes(self) -> Vec<String> {
         let owned = |words: &[&str]| words.iter().map(|w| (*w).to_owned()).collect();
         match self {
-            Self::Shape | Self::Styled(_) => owned(&Shape::ALL.map(Shape::word)),
+            Self::Shape | Self::Styled(_) | Self::Small => owned(&Shape::ALL.map(Shape::word)),
             Self::Color | Self::Ground => owned(&Color::ALL.map(Color::word)),
             Self::Pattern => owned(&Pattern::ALL.map(Pattern::word)),
             Self::Count => owned(&NUMBERS),
+            Self::Mixed => owned(&NUMBERS[..4]),
             Self::ColorShape => pairs()
                 .map(|(c, s)| format!("{} {}", c.word(), s.word()))
                 .collect(),
             Self::Kind => owned(&Kind::ALL.map(Kind::word)),
             Self::Texture => owned(&Texture::ALL.map(Texture::word)),
-            Self::Variety => varieties()
+            Self::Variety | Self::RotatedVariety => varieties()
                 .map(|(shape, form)| shape.varieties()[form].to_owned())
                 .collect(),
             Self::Style => owned(&Style::ALL.map(Style::word)),
@@ -180,7 +205,7 @@ impl Task {
     pub fn template(self) -> &'static str {
         match self {
             Self::Color | Self::Pattern => "a photo of a {} object.",
-            Self::Count => "a photo of {} objects.",
+            Self::Count | Self::Mixed => "a photo of {} objects.",
             Self::Ground | Self::Texture => "a photo of an object on a {} background.",
             Self::Style => "a {} picture.",
             Self::Place => "a photo of an object at the {}.",
@@ -254,12 +279,17 @@ impl Task {
                 texture: Some(Texture::ALL[class]),
                 ..any
             },
-            Self::Variety => {
+            Self::Variety | Self::RotatedVariety => {
                 let all: Vec<_> = varieties().collect();
                 let (shape, form) = all[class];
+                let style = match self {
+                    Self::RotatedVariety => Style::Rotated,
+                    _ => Style::Plain,
+                };
                 Wish {
                     shapes: vec![shape],
                     variety: Some(form),
+                    style,
                     ..any
                 }
             }
@@ -275,6 +305,20 @@ impl Task {
             Self::Styled(style) => Wish {
                 shapes: vec![Shape::ALL[class]],
                 style,
+                ..any
+            },
+            Self::Small => Wish {
+                shapes: vec![Shape::ALL[class]],
+                radius: (6.0, 9.0),
+                ..any
+            },
+            Self::Mixed => Wish {
+                layout: if class == 0 {
+                    Layout::Single
+                } else {
+                    Layout::Multi
+                },
+                count: 1 + class,
                 ..any
             },
         }

@@ -26,9 +26,9 @@ const TEST_SEED: u64 = 2_002;
 /// The task that the domain shift starts from; the styles' tasks are called after it.
 pub(crate) const SHIFT_FROM: &str = "shape";
 /// Tasks of the few-shot curves: those on which a few pictures teach more than the words know.
-pub(crate) const FEW_SHOT: &[&str] = &["ground", "place", "shape-sketch"];
+pub(crate) const FEW_SHOT: &[&str] = &["mixed", "variety-rotated", "shape-rotated", "ground"];
 /// Tasks of base-to-new.
-pub(crate) const BASE_TO_NEW: &[&str] = &["shape", "variety", "ground"];
+pub(crate) const BASE_TO_NEW: &[&str] = &["variety-rotated", "shape-rotated", "shape"];
 
 /// All tasks.
 pub(crate) fn tasks() -> Vec<Task> {
