@@ -36,7 +36,11 @@ use self::tasks::Source;
 use self::worker::Job;
 use crate::out;
 
-const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+/// The repository: the folder above this package.
+fn root() -> &'static Path {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    package.parent().unwrap_or(package)
+}
 
 /// Arguments of `cargo xtask reproduce`.
 #[derive(Clone, Debug, clap::Args)]
@@ -118,13 +122,13 @@ impl Args {
     fn out(&self) -> PathBuf {
         self.out
             .clone()
-            .unwrap_or_else(|| Path::new(ROOT).join("target/reproduce"))
+            .unwrap_or_else(|| root().join("target/reproduce"))
     }
 
     fn clip(&self) -> PathBuf {
         self.clip
             .clone()
-            .unwrap_or_else(|| Path::new(ROOT).join("fixtures/clip"))
+            .unwrap_or_else(|| root().join("fixtures/clip"))
     }
 
     /// The whole call; runs are made by `program` with `arguments`.
@@ -322,7 +326,7 @@ fn revision() -> Option<Revision> {
     let git = |arguments: &[&str]| {
         let output = Command::new("git")
             .arg("-C")
-            .arg(ROOT)
+            .arg(root())
             .args(arguments)
             .output()
             .ok()?;
