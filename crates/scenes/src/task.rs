@@ -128,9 +128,14 @@ impl Task {
             Self::Variety => "Varieties".into(),
             Self::Style => "Styles".into(),
             Self::Place => "Places".into(),
-            Self::Styled(style) => format!("Shapes, {}", style.word()),
+            Self::Styled(Style::Sketch) => "Sketched shapes".into(),
+            Self::Styled(Style::Noise) => "Noisy shapes".into(),
+            Self::Styled(Style::Blur) => "Blurry shapes".into(),
+            Self::Styled(Style::Inverted) => "Inverted shapes".into(),
+            Self::Styled(Style::Rotated) => "Rotated shapes".into(),
+            Self::Styled(Style::Grey) => "Greyscale shapes".into(),
             Self::Small => "Small shapes".into(),
-            Self::RotatedVariety => "Varieties, rotated".into(),
+            Self::RotatedVariety => "Rotated varieties".into(),
             Self::Mixed => "Counting different things".into(),
         }
     }

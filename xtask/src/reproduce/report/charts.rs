@@ -19,6 +19,13 @@ pub(super) struct Point {
     pub(super) spread: f64,
 }
 
+impl Point {
+    /// The ends of its bar: no percentage is below 0 or above 100.
+    fn bar(&self) -> [f64; 2] {
+        [self.y - self.spread, self.y + self.spread].map(|y| y.clamp(0.0, 100.0))
+    }
+}
+
 /// A line with marks, or a mark.
 #[derive(Clone, Debug)]
 pub(super) struct Series {
@@ -202,8 +209,8 @@ impl Series {
             if point.spread > 0.0 {
                 svg.push_str(&format!(
                     "<line class=\"spread\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{:.1}\" y2=\"{:.1}\"/>",
-                    axes.y(point.y - point.spread),
-                    axes.y(point.y + point.spread)
+                    axes.y(point.bar()[0]),
+                    axes.y(point.bar()[1])
                 ));
             }
             svg.push_str(&mark(self.place, x, y));
@@ -240,7 +247,7 @@ impl Axes {
             .map(|p| p.x)
             .chain(chart.x_ticks.iter().map(|tick| tick.0));
         let ys = points()
-            .flat_map(|p| [p.y - p.spread, p.y + p.spread])
+            .flat_map(|p| p.bar())
             .chain(chart.levels.iter().map(|level| level.2));
         let (x, y) = (range(xs), range(ys));
         let step = [1.0, 2.0, 5.0, 10.0, 20.0]
@@ -294,7 +301,7 @@ pub(super) fn dots(title: &str, x_title: &str, rows: &[(String, Vec<Dot>)]) -> S
     let right = WIDTH - 14.0;
     let values = rows.iter().flat_map(|row| &row.1);
     let highest = values
-        .map(|dot| dot.value + dot.spread)
+        .map(|dot| (dot.value + dot.spread).min(100.0))
         .fold(10.0, f64::max);
     let limit = (highest / 10.0).ceil() * 10.0;
     let at = |value: f64| NAMES + (right - NAMES) * value.max(0.0) / limit;
@@ -331,7 +338,7 @@ pub(super) fn dots(title: &str, x_title: &str, rows: &[(String, Vec<Dot>)]) -> S
                 "<g class=\"{}\"><line class=\"spread\" x1=\"{:.1}\" x2=\"{:.1}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>{}</g>",
                 color(place),
                 at(value - spread),
-                at(value + spread),
+                at((value + spread).min(100.0)),
                 mark(place, at(value), y)
             ));
         }

@@ -129,7 +129,7 @@ pub(super) fn domain_shift(results: &Results, out: &Path) -> String {
             &rows,
         );
         html.push_str(&format!(
-            "<p>Trained on {} in the usual style, {} a class, and measured on the same classes in styles that training never showed.</p>\n{}<figure><p>{names}</p>{svg}</figure>\n{}",
+            "<p>Trained on {} in the usual style, {} a class, and measured on the same classes in styles that these pictures do not have.</p>\n{}<figure><p>{names}</p>{svg}</figure>\n{}",
             escape(title),
             count(results.shots(Protocol::DomainShift, task).last().copied().unwrap_or(0), "picture"),
             styles(&first.tests, task, out),
