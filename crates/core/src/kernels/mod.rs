@@ -4,6 +4,7 @@
 //! split between threads. So results are equal bit for bit whatever the thread count.
 
 mod conv;
+mod packed;
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -15,6 +16,7 @@ use rayon::prelude::*;
 use crate::Activation;
 
 pub(crate) use conv::{ConvSizes, average_pool, conv};
+pub(crate) use packed::{Onto, Packed};
 
 /// Columns of a product that one task computes.
 const COLUMN_BLOCK: usize = 192;

@@ -1,0 +1,471 @@
+//! Products with frozen matrices that were laid out once for the vector units.
+//!
+//! A matrix `B (k, n)` lies in panels of [`LANES`] columns, row after row, as f32 or, where every value is exactly so, as f16:
+//! half the memory traffic, the same result. A tile of a few rows of the other operand meets a panel in registers. The inner
+//! dimension is walked in fixed blocks and never divided among threads, so the bits do not depend on their number; they do
+//! depend on whether the processor fuses multiplication and addition.
+
+use half::f16;
+
+/// Columns of a panel.
+const LANES: usize = 16;
+/// Rows of a panel that are walked at a time: they stay in the first cache while all rows of the other operand pass.
+const DEPTH: usize = 512;
+
+/// What a product is added to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Onto<'a> {
+    /// The bias, or nothing.
+    Bias(Option<&'a [f32]>),
+    /// What the output holds, and the bias.
+    Output(Option<&'a [f32]>),
+}
+
+/// The panels.
+#[derive(Clone, Debug)]
+enum Panels {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+}
+
+/// A frozen matrix `(k, n)`.
+#[derive(Clone, Debug)]
+pub(crate) struct Packed {
+    panels: Panels,
+    k: usize,
+    n: usize,
+}
+
+impl Packed {
+    /// Lays out the matrix whose element `(row, column)` is `at(row, column)`; as f16 if `narrow` and that loses nothing.
+    pub(crate) fn new((k, n): (usize, usize), narrow: bool, at: impl Fn(usize, usize) -> f32) -> Self {
+        let mut values = Vec::with_capacity(n.div_ceil(LANES) * k * LANES);
+        for first in (0..n).step_by(LANES) {
+            for row in 0..k {
+                values.extend((first..first + LANES).map(|column| match column < n {
+                    true => at(row, column),
+                    false => 0.0,
+                }));
+            }
+        }
+        let exact = |x: &f32| f16::from_f32(*x).to_f32().to_bits() == x.to_bits();
+        let panels = match narrow && values.iter().all(exact) {
+            true => Panels::F16(values.iter().map(|x| f16::from_f32(*x)).collect()),
+            false => Panels::F32(values),
+        };
+        Self { panels, k, n }
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        match &self.panels {
+            Panels::F32(v) => 4 * v.len(),
+            Panels::F16(v) => 2 * v.len(),
+        }
+    }
+
+    /// `out (m, n) = a (m, k) · B`, added to what `onto` says, on the calling thread.
+    pub(crate) fn multiply(&self, a: &[f32], m: usize, onto: Onto<'_>, out: &mut [f32]) {
+        assert!(
+            a.len() >= m * self.k && out.len() >= m * self.n,
+            "matrix sizes"
+        );
+        let bias = match onto {
+            Onto::Bias(bias) => {
+                match bias {
+                    Some(bias) => out
+                        .chunks_exact_mut(self.n)
+                        .take(m)
+                        .for_each(|row| row.copy_from_slice(bias)),
+                    None => out[..m * self.n].fill(0.0),
+                }
+                None
+            }
+            Onto::Output(bias) => bias,
+        };
+        if let Some(bias) = bias {
+            for row in out.chunks_exact_mut(self.n).take(m) {
+                row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
+            }
+        }
+        if m == 0 || self.k == 0 {
+            return;
+        }
+        let job = Job {
+            a,
+            m,
+            k: self.k,
+            n: self.n,
+            out,
+        };
+        match &self.panels {
+            Panels::F32(panels) => run(job, panels),
+            Panels::F16(panels) => run(job, panels),
+        }
+    }
+}
+
+struct Job<'a> {
+    a: &'a [f32],
+    m: usize,
+    k: usize,
+    n: usize,
+    out: &'a mut [f32],
+}
+
+/// Adds the product to the output with the widest vectors that the processor has.
+fn run<T: Element>(job: Job<'_>, panels: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if std::arch::is_x86_feature_detected!("avx512f") {
+            // SAFETY: the feature is there.
+            return unsafe { x86::run_avx512(job, panels) };
+        }
+        if std::arch::is_x86_feature_detected!("avx2")
+            && std::arch::is_x86_feature_detected!("fma")
+            && std::arch::is_x86_feature_detected!("f16c")
+        {
+            // SAFETY: the features are there.
+            return unsafe { x86::run_avx2(job, panels) };
+        }
+    }
+    // SAFETY: plain arrays need no feature.
+    unsafe { walk::<Plain, T, 4>(job, panels) }
+}
+
+/// Sixteen numbers in the registers of an instruction set.
+///
+/// # Safety
+/// Methods may be called only where the processor has the instruction set; pointers must be valid for sixteen elements.
+trait Lanes: Copy {
+    unsafe fn zero() -> Self;
+    unsafe fn load(from: *const f32) -> Self;
+    unsafe fn load_half(from: *const f16) -> Self;
+    unsafe fn store(self, to: *mut f32);
+    unsafe fn plus(self, other: Self) -> Self;
+    /// `self + x · y`.
+    unsafe fn plus_product(self, x: f32, y: Self) -> Self;
+}
+
+/// A number type of panels.
+trait Element: Copy {
+    /// # Safety
+    /// As for [`Lanes`].
+    unsafe fn load<L: Lanes>(from: *const Self) -> L;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const Self) -> L {
+        // SAFETY: handed on.
+        unsafe { L::load(from) }
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const Self) -> L {
+        // SAFETY: handed on.
+        unsafe { L::load_half(from) }
+    }
+}
+
+/// All tiles, block of depth by block of depth.
+#[inline(always)]
+unsafe fn walk<L: Lanes, T: Element, const ROWS: usize>(job: Job<'_>, panels: &[T]) {
+    let Job { a, m, k, n, out } = job;
+    let mut start = 0;
+    while start < k {
+        let depth = DEPTH.min(k - start);
+        for first in (0..n).step_by(LANES) {
+            let panel = panels[first * k + start * LANES..][..depth * LANES].as_ptr();
+            let columns = LANES.min(n - first);
+            let mut row = 0;
+            while row + ROWS <= m {
+                // SAFETY: `ROWS` rows of `a` and of `out` from `row` on, `depth` rows of the panel: all inside the slices.
+                unsafe {
+                    tile::<L, T, ROWS>(&a[row * k + start..], k, panel, depth, &mut out[row * n + first..], n, columns);
+                }
+                row += ROWS;
+            }
+            while row < m {
+                // SAFETY: as above, for one row.
+                unsafe {
+                    tile::<L, T, 1>(&a[row * k + start..], k, panel, depth, &mut out[row * n + first..], n, columns);
+                }
+                row += 1;
+            }
+        }
+        start += depth;
+    }
+}
+
+/// `ROWS` rows of the output in one panel's columns.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn tile<L: Lanes, T: Element, const ROWS: usize>(
+    a: &[f32],
+    a_width: usize,
+    panel: *const T,
+    depth: usize,
+    out: &mut [f32],
+    out_width: usize,
+    columns: usize,
+) {
+    assert!(
+        a.len() >= (ROWS - 1) * a_width + depth
+            && out.len() >= (ROWS - 1) * out_width + columns
+    );
+    let a = a.as_ptr();
+    // SAFETY: the caller answers for the panel and the instruction set, the assertion for the rest.
+    unsafe {
+        let mut sums = [L::zero(); ROWS];
+        for step in 0..depth {
+            let b = T::load::<L>(panel.add(step * LANES));
+            for (row, sum) in sums.iter_mut().enumerate() {
+                *sum = sum.plus_product(*a.add(row * a_width + step), b);
+            }
+        }
+        for (row, sum) in sums.into_iter().enumerate() {
+            let to = out.as_mut_ptr().add(row * out_width);
+            if columns == LANES {
+                L::load(to).plus(sum).store(to);
+            } else {
+                let mut part = [0.0f32; LANES];
+                sum.store(part.as_mut_ptr());
+                for (column, x) in part.into_iter().take(columns).enumerate() {
+                    *to.add(column) += x;
+                }
+            }
+        }
+    }
+}
+
+/// For processors without a version of their own; the compiler vectorises it for what the target always has.
+#[derive(Clone, Copy)]
+struct Plain([f32; LANES]);
+
+impl Lanes for Plain {
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        Self([0.0; LANES])
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: sixteen elements.
+        Self(unsafe { from.cast::<[f32; LANES]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn load_half(from: *const f16) -> Self {
+        // SAFETY: sixteen elements.
+        Self(unsafe { from.cast::<[f16; LANES]>().read_unaligned() }.map(f16::to_f32))
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: sixteen elements.
+        unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn plus(self, other: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] + other.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn plus_product(self, x: f32, y: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] + x * y.0[i]))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::{
+        __m256, __m512, _mm_loadu_si128, _mm256_add_ps, _mm256_cvtph_ps, _mm256_fmadd_ps,
+        _mm256_loadu_ps, _mm256_loadu_si256, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
+        _mm512_add_ps, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps,
+        _mm512_setzero_ps, _mm512_storeu_ps,
+    };
+
+    use half::f16;
+
+    use super::{Element, Job, Lanes, walk};
+
+    /// # Safety
+    /// Needs AVX2, FMA and F16C.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) unsafe fn run_avx2<T: Element>(job: Job<'_>, panels: &[T]) {
+        // SAFETY: the features are those of this function.
+        unsafe { walk::<Avx2, T, 6>(job, panels) }
+    }
+
+    /// # Safety
+    /// Needs AVX-512F.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn run_avx512<T: Element>(job: Job<'_>, panels: &[T]) {
+        // SAFETY: the feature is that of this function.
+        unsafe { walk::<Avx512, T, 12>(job, panels) }
+    }
+
+    #[derive(Clone, Copy)]
+    struct Avx2([__m256; 2]);
+
+    impl Lanes for Avx2 {
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            // SAFETY: the caller has the features.
+            unsafe { Self([_mm256_setzero_ps(); 2]) }
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: sixteen elements; the caller has the features.
+            unsafe { Self([_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))]) }
+        }
+        #[inline(always)]
+        unsafe fn load_half(from: *const f16) -> Self {
+            // SAFETY: sixteen elements; the caller has the features.
+            unsafe {
+                let half = |at: *const f16| _mm256_cvtph_ps(_mm_loadu_si128(at.cast()));
+                Self([half(from), half(from.add(8))])
+            }
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: sixteen elements; the caller has the features.
+            unsafe {
+                _mm256_storeu_ps(to, self.0[0]);
+                _mm256_storeu_ps(to.add(8), self.0[1]);
+            }
+        }
+        #[inline(always)]
+        unsafe fn plus(self, other: Self) -> Self {
+            // SAFETY: the caller has the features.
+            unsafe {
+                Self([
+                    _mm256_add_ps(self.0[0], other.0[0]),
+                    _mm256_add_ps(self.0[1], other.0[1]),
+                ])
+            }
+        }
+        #[inline(always)]
+        unsafe fn plus_product(self, x: f32, y: Self) -> Self {
+            // SAFETY: the caller has the features.
+            unsafe {
+                let x = _mm256_set1_ps(x);
+                Self([
+                    _mm256_fmadd_ps(x, y.0[0], self.0[0]),
+                    _mm256_fmadd_ps(x, y.0[1], self.0[1]),
+                ])
+            }
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    struct Avx512(__m512);
+
+    impl Lanes for Avx512 {
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            // SAFETY: the caller has the feature.
+            unsafe { Self(_mm512_setzero_ps()) }
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: sixteen elements; the caller has the feature.
+            unsafe { Self(_mm512_loadu_ps(from)) }
+        }
+        #[inline(always)]
+        unsafe fn load_half(from: *const f16) -> Self {
+            // SAFETY: sixteen elements; the caller has the feature.
+            unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: sixteen elements; the caller has the feature.
+            unsafe { _mm512_storeu_ps(to, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn plus(self, other: Self) -> Self {
+            // SAFETY: the caller has the feature.
+            unsafe { Self(_mm512_add_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
+        unsafe fn plus_product(self, x: f32, y: Self) -> Self {
+            // SAFETY: the caller has the feature.
+            unsafe { Self(_mm512_fmadd_ps(_mm512_set1_ps(x), y.0, self.0)) }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::tests::numbers;
+    use proptest::prelude::*;
+
+    fn expected(a: &[f32], b: &[f32], (m, k, n): (usize, usize, usize)) -> Vec<f64> {
+        let cell = |i: usize| -> f64 {
+            (0..k)
+                .map(|j| f64::from(a[i / n * k + j]) * f64::from(b[j * n + i % n]))
+                .sum()
+        };
+        (0..m * n).map(cell).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn products_equal_the_plain_sum(m in 0usize..30, k in 1usize..700, n in 1usize..50, narrow in any::<bool>(), seed in any::<u64>()) {
+            let a = numbers(m * k, seed);
+            let mut b = numbers(k * n, seed ^ 1);
+            if narrow {
+                b.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32());
+            }
+            let packed = Packed::new((k, n), narrow, |row, column| b[row * n + column]);
+            prop_assert_eq!(matches!(packed.panels, Panels::F16(_)), narrow);
+            let (bias, before) = (numbers(n, seed ^ 2), numbers(m * n, seed ^ 3));
+            let product = expected(&a, &b, (m, k, n));
+            let close = |found: f32, wanted: f64| (f64::from(found) - wanted).abs() < 2e-6 * k as f64;
+            let mut out = vec![f32::NAN; m * n];
+            packed.multiply(&a, m, Onto::Bias(Some(&bias)), &mut out);
+            for (i, (x, p)) in out.iter().zip(&product).enumerate() {
+                prop_assert!(close(*x, p + f64::from(bias[i % n])));
+            }
+            packed.multiply(&a, m, Onto::Bias(None), &mut out);
+            for (x, p) in out.iter().zip(&product) {
+                prop_assert!(close(*x, *p));
+            }
+            let mut out = before.clone();
+            packed.multiply(&a, m, Onto::Output(Some(&bias)), &mut out);
+            for (i, (x, p)) in out.iter().zip(&product).enumerate() {
+                prop_assert!(close(*x, p + f64::from(bias[i % n]) + f64::from(before[i])));
+            }
+        }
+
+        /// A row's bits do not depend on the rows beside it.
+        #[test]
+        fn a_row_has_the_same_bits_in_any_company(m in 1usize..30, k in 1usize..600, n in 1usize..40, seed in any::<u64>()) {
+            let (a, b) = (numbers(m * k, seed), numbers(k * n, seed ^ 1));
+            let packed = Packed::new((k, n), false, |row, column| b[row * n + column]);
+            let mut all = vec![0.0; m * n];
+            packed.multiply(&a, m, Onto::Bias(None), &mut all);
+            let mut alone = vec![0.0; n];
+            for (row, together) in all.chunks_exact(n).enumerate() {
+                packed.multiply(&a[row * k..], 1, Onto::Bias(None), &mut alone);
+                prop_assert_eq!(together, &alone[..]);
+            }
+        }
+
+        /// Every instruction set gives the plain version's result, up to rounding.
+        #[test]
+        fn instruction_sets_agree(m in 1usize..20, k in 1usize..600, n in 1usize..40, seed in any::<u64>()) {
+            let (a, b) = (numbers(m * k, seed), numbers(k * n, seed ^ 1));
+            let packed = Packed::new((k, n), false, |row, column| b[row * n + column]);
+            let Panels::F32(panels) = &packed.panels else { return Ok(()) };
+            let (mut wide, mut plain) = (vec![0.0; m * n], vec![0.0; m * n]);
+            run(Job { a: &a, m, k, n, out: &mut wide }, panels);
+            // SAFETY: plain arrays need no feature.
+            unsafe { walk::<Plain, f32, 4>(Job { a: &a, m, k, n, out: &mut plain }, panels) };
+            for (x, y) in wide.iter().zip(&plain) {
+                prop_assert!((x - y).abs() < 1e-6 * k as f32);
+            }
+        }
+    }
+}
