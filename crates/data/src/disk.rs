@@ -135,6 +135,14 @@ impl ImageFile {
     }
 }
 
+/// All values, or the error of the first item that has one: the same message on every run and any number of threads.
+pub(crate) fn first_error<T: Send, E: Send>(
+    results: impl IndexedParallelIterator<Item = std::result::Result<T, E>>,
+) -> std::result::Result<Vec<T>, E> {
+    let results: Vec<std::result::Result<T, E>> = results.collect();
+    results.into_iter().collect()
+}
+
 impl ImageSource for DiskImages {
     fn len(&self) -> usize {
         self.files.len()
@@ -148,7 +156,7 @@ impl ImageSource for DiskImages {
     /// BLAKE3 over the BLAKE3 of each file's content, in the order asked: neither names nor folders matter.
     fn fingerprint(&self, indices: &[usize]) -> cliptune_core::Result<String> {
         let hash = |&index: &usize| self.file(index)?.hash();
-        let hashes: Vec<blake3::Hash> = indices.par_iter().map(hash).collect::<Result<_>>()?;
+        let hashes: Vec<blake3::Hash> = first_error(indices.par_iter().map(hash))?;
         let mut hasher = blake3::Hasher::new();
         for hash in hashes {
             hasher.update(hash.as_bytes());
@@ -163,7 +171,7 @@ impl ImageSource for DiskImages {
         view: View,
     ) -> cliptune_core::Result<Tensor> {
         let one = |&index: &usize| self.transformed(index, preprocess, view);
-        let images: Vec<Vec<f32>> = indices.par_iter().map(one).collect::<Result<_>>()?;
+        let images: Vec<Vec<f32>> = first_error(indices.par_iter().map(one))?;
         let shape = (
             images.len(),
             3,
@@ -178,6 +186,18 @@ impl ImageSource for DiskImages {
 mod tests {
     use super::*;
     use crate::testing::{TestResult, write_picture};
+
+    #[test]
+    fn the_first_of_several_errors_is_told() {
+        let bad = |i: usize| if i % 7 == 3 { Err(i) } else { Ok(i) };
+        for _ in 0..50 {
+            assert_eq!(first_error((0..200usize).into_par_iter().map(bad)), Err(3));
+        }
+        assert_eq!(
+            first_error((0..3usize).into_par_iter().map(bad)),
+            Ok(vec![0, 1, 2])
+        );
+    }
 
     fn three(dir: &Path) -> DiskImages {
         let file = |i: usize| {

@@ -12,6 +12,7 @@ use cliptune_core::{Clip, ImageBatch, ImageNeeds, ImageSource, Preprocess, Stora
 use rayon::prelude::*;
 
 use self::shard::{Context, Fill, ItemKey, Shard};
+use crate::disk::first_error;
 use crate::{Error, Result};
 
 /// Images that are decoded and encoded together. It has no part in the result: a tower's features do not depend on the batch.
@@ -167,7 +168,7 @@ impl CachedFeatures {
             }
             Ok((item, *hasher.finalize().as_bytes()))
         };
-        items.par_iter().map(key).collect()
+        first_error(items.par_iter().map(key))
     }
 }
 
