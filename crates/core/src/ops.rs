@@ -4,11 +4,11 @@
 //! op, not its arguments: candle's autograd never forms their gradients. Layers of a tower that is trained itself
 //! ([`crate::Clip::learned`]) take their weights as arguments.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, Layout, Shape, Tensor};
 
-use crate::kernels::{self, AttentionSizes, Stored};
+use crate::kernels::{self, AttentionSizes, Onto, Packed, Stored};
 use crate::{Activation, Error, Result};
 
 /// An affine map `y = x·wᵀ + b`.
@@ -27,8 +27,12 @@ impl Linear {
         (out_width, in_width): (usize, usize),
     ) -> Self {
         debug_assert_eq!(weight.len(), out_width * in_width);
+        let forward = Packed::new((in_width, out_width), |row, column| {
+            weight.get(column * in_width + row)
+        });
         Self::Frozen(FrozenLinear {
-            weight: Arc::new(weight),
+            forward: Arc::new(forward),
+            backward: Arc::default(),
             bias: bias.map(Arc::new),
             in_width,
             out_width,
@@ -66,7 +70,11 @@ impl Linear {
     /// Bytes held.
     pub(crate) fn bytes(&self) -> usize {
         match self {
-            Self::Frozen(op) => op.weight.bytes() + op.bias.as_ref().map_or(0, |b| 4 * b.len()),
+            Self::Frozen(op) => {
+                let backward = op.backward.get().map_or(0, Packed::bytes);
+                let bias = op.bias.as_ref().map_or(0, |b| 4 * b.len());
+                op.forward.bytes() + backward + bias
+            }
             Self::Learned(layer) => {
                 let (out_width, in_width) = layer.sizes;
                 4 * (out_width * in_width + layer.bias.as_ref().map_or(0, Tensor::elem_count))
@@ -77,30 +85,37 @@ impl Linear {
 
 #[derive(Clone, Debug)]
 pub(crate) struct FrozenLinear {
-    weight: Arc<Stored>,
+    /// `wᵀ (in, out)`.
+    forward: Arc<Packed>,
+    /// `w (out, in)`, from the first gradient on.
+    backward: Arc<OnceLock<Packed>>,
     bias: Option<Arc<Vec<f32>>>,
     in_width: usize,
     out_width: usize,
 }
 
 impl FrozenLinear {
-    /// `out (m, out) = x (m, in)·wᵀ + b`.
+    fn bias(&self) -> Option<&[f32]> {
+        self.bias.as_deref().map(Vec::as_slice)
+    }
+
+    fn turned(&self) -> &Packed {
+        self.backward.get_or_init(|| self.forward.transposed())
+    }
+
+    /// `out (m, out) = x (m, in)·wᵀ + b` on the calling thread.
     pub(crate) fn apply(&self, x: &[f32], m: usize, out: &mut [f32]) {
-        let sizes = (self.out_width, self.in_width);
-        let bias = self.bias.as_deref().map(Vec::as_slice);
-        kernels::linear(x, m, &self.weight, sizes, bias, out);
+        self.forward.multiply(x, m, Onto::Bias(self.bias()), out);
     }
 
     /// `out += x·wᵀ + b`.
     pub(crate) fn add(&self, x: &[f32], m: usize, out: &mut [f32]) {
-        let sizes = (self.out_width, self.in_width);
-        let bias = self.bias.as_deref().map(Vec::as_slice);
-        kernels::linear_add(x, m, &self.weight, sizes, bias, out);
+        self.forward.multiply(x, m, Onto::Output(self.bias()), out);
     }
 
     /// `dx (m, in) = dy (m, out)·w`.
     pub(crate) fn backward(&self, dy: &[f32], m: usize, dx: &mut [f32]) {
-        kernels::linear_backward(dy, m, &self.weight, (self.out_width, self.in_width), dx);
+        self.turned().multiply(dy, m, Onto::Bias(None), dx);
     }
 }
 
@@ -154,7 +169,7 @@ impl CustomOp3 for LinearOfThree {
         let x = values(x, x_layout)?;
         let m = x.len() / self.in_width;
         let mut out = vec![0.0; m * self.out_width];
-        kernels::linear_f32(
+        kernels::linear(
             x,
             m,
             values(weight, weight_layout)?,
@@ -181,7 +196,7 @@ impl CustomOp3 for LinearOfThree {
         let sizes = (self.out_width, self.in_width);
         let dx = match x.track_op() {
             true => Some(filled(dy, weight, x.shape(), |dy, w, dx| {
-                kernels::linear_backward_f32(dy, m, w, sizes, dx)
+                kernels::linear_backward(dy, m, w, sizes, dx)
             })?),
             false => None,
         };
@@ -293,15 +308,8 @@ impl CustomOp1 for FrozenLinear {
         let x = values(storage, layout)?;
         let m = x.len() / self.in_width;
         let mut out = vec![0.0; m * self.out_width];
-        let sizes = (self.out_width, self.in_width);
-        kernels::linear(
-            x,
-            m,
-            &self.weight,
-            sizes,
-            self.bias.as_deref().map(Vec::as_slice),
-            &mut out,
-        );
+        self.forward
+            .multiply_parallel(x, m, Onto::Bias(self.bias()), &mut out);
         let mut dims = layout.dims().to_vec();
         if let Some(last) = dims.last_mut() {
             *last = self.out_width;
@@ -311,9 +319,8 @@ impl CustomOp1 for FrozenLinear {
 
     fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let m = x.elem_count() / self.in_width;
-        let sizes = (self.out_width, self.in_width);
         filled(dy, dy, x.shape(), |dy, _, dx| {
-            kernels::linear_backward(dy, m, &self.weight, sizes, dx)
+            self.turned().multiply_parallel(dy, m, Onto::Bias(None), dx)
         })
         .map(Some)
     }

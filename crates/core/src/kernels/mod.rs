@@ -6,7 +6,6 @@
 mod conv;
 mod packed;
 
-use std::borrow::Cow;
 use std::ops::Range;
 
 use gemm::Parallelism;
@@ -46,6 +45,15 @@ impl Stored {
             Self::F32(v) => 4 * v.len(),
             Self::F16(v) => 2 * v.len(),
             Self::Bf16(v) => 2 * v.len(),
+        }
+    }
+
+    /// One element as f32.
+    pub(crate) fn get(&self, at: usize) -> f32 {
+        match self {
+            Self::F32(v) => v[at],
+            Self::F16(v) => v[at].to_f32(),
+            Self::Bf16(v) => v[at].to_f32(),
         }
     }
 
@@ -154,49 +162,16 @@ impl Shared {
     }
 }
 
-/// A block of a frozen matrix as f32: borrowed where it is kept so, widened otherwise.
-struct Block<'a> {
-    data: Cow<'a, [f32]>,
-    row_stride: usize,
-    col_stride: usize,
-}
-
-/// What a product is added to.
-#[derive(Clone, Copy)]
-enum Start<'a> {
-    /// The bias, or nothing.
-    Set(Option<&'a [f32]>),
-    /// What the output holds, and the bias.
-    Add(Option<&'a [f32]>),
-}
-
-impl<'a> Start<'a> {
-    fn bias(self) -> Option<&'a [f32]> {
-        match self {
-            Self::Set(bias) | Self::Add(bias) => bias,
-        }
-    }
-
-    fn fits(self, n: usize) -> bool {
-        self.bias().is_none_or(|bias| bias.len() == n)
-    }
-
-    /// Whether the output holds something by the time the product is formed.
-    fn reads_output(self) -> bool {
-        matches!(self, Self::Add(_) | Self::Set(Some(_)))
-    }
-}
-
 /// `out (m, n) = x (m, k) · B (+ bias)`; `block(columns)` gives those columns of B as a `(k, columns.len())` matrix.
 fn by_columns<'w>(
     x: &[f32],
     (m, k, n): (usize, usize, usize),
-    start: Start<'_>,
+    bias: Option<&[f32]>,
     out: &mut [f32],
-    block: impl Fn(Range<usize>) -> Block<'w> + Sync,
+    block: impl Fn(Range<usize>) -> Mat<'w> + Sync,
 ) {
     assert!(
-        x.len() >= m * k && out.len() == m * n && start.fits(n),
+        x.len() >= m * k && out.len() == m * n && bias.is_none_or(|b| b.len() == n),
         "matrix sizes"
     );
     if m == 0 {
@@ -207,23 +182,14 @@ fn by_columns<'w>(
         let columns = i * COLUMN_BLOCK..((i + 1) * COLUMN_BLOCK).min(n);
         let width = columns.len();
         let b = block(columns.clone());
-        let b = Mat {
-            data: &b.data,
-            row_stride: b.row_stride,
-            col_stride: b.col_stride,
-        };
         assert!(b.fits(k, width), "matrix sizes");
-        if let Some(bias) = start.bias() {
+        if let Some(bias) = bias {
             for row in 0..m {
                 // SAFETY: row `row < m`, columns below `n`, of `m·n` outputs; no other task touches these columns.
                 let cells = unsafe {
                     std::slice::from_raw_parts_mut(shared.at(row * n + columns.start), width)
                 };
-                let bias = &bias[columns.clone()];
-                match start {
-                    Start::Add(_) => cells.iter_mut().zip(bias).for_each(|(c, b)| *c += b),
-                    Start::Set(_) => cells.copy_from_slice(bias),
-                }
+                cells.copy_from_slice(&bias[columns.clone()]);
             }
         }
         // SAFETY: reads stay inside `x` (m·k) and `b` (checked above); writes go to this task's columns of `out` alone.
@@ -235,7 +201,7 @@ fn by_columns<'w>(
                 shared.at(columns.start),
                 1,
                 n as isize,
-                start.reads_output(),
+                bias.is_some(),
                 x.as_ptr(),
                 1,
                 k as isize,
@@ -253,58 +219,8 @@ fn by_columns<'w>(
     });
 }
 
-/// `out (m, n) = x (m, k) · wᵀ + bias` for a frozen `w (n, k)`.
+/// `out (m, n) = x (m, k) · wᵀ + bias` for `w (n, k)`.
 pub(crate) fn linear(
-    x: &[f32],
-    m: usize,
-    w: &Stored,
-    sizes: (usize, usize),
-    bias: Option<&[f32]>,
-    out: &mut [f32],
-) {
-    product(x, m, w, sizes, Start::Set(bias), out);
-}
-
-/// `out += x·wᵀ + bias`.
-pub(crate) fn linear_add(
-    x: &[f32],
-    m: usize,
-    w: &Stored,
-    sizes: (usize, usize),
-    bias: Option<&[f32]>,
-    out: &mut [f32],
-) {
-    product(x, m, w, sizes, Start::Add(bias), out);
-}
-
-fn product(
-    x: &[f32],
-    m: usize,
-    w: &Stored,
-    (n, k): (usize, usize),
-    start: Start<'_>,
-    out: &mut [f32],
-) {
-    by_columns(x, (m, k, n), start, out, |columns| {
-        let rows = columns.start * k..columns.end * k;
-        let data = match w {
-            Stored::F32(w) => Cow::Borrowed(&w[rows]),
-            _ => {
-                let mut wide = Vec::with_capacity(rows.len());
-                w.widen_into(rows, &mut wide);
-                Cow::Owned(wide)
-            }
-        };
-        Block {
-            data,
-            row_stride: 1,
-            col_stride: k,
-        }
-    });
-}
-
-/// [`linear`] for a matrix that is f32 already.
-pub(crate) fn linear_f32(
     x: &[f32],
     m: usize,
     w: &[f32],
@@ -312,25 +228,21 @@ pub(crate) fn linear_f32(
     bias: Option<&[f32]>,
     out: &mut [f32],
 ) {
-    by_columns(x, (m, k, n), Start::Set(bias), out, |columns| Block {
-        data: Cow::Borrowed(&w[columns.start * k..columns.end * k]),
-        row_stride: 1,
-        col_stride: k,
+    by_columns(x, (m, k, n), bias, out, |columns| {
+        Mat::columns(&w[columns.start * k..columns.end * k], k)
     });
 }
 
-/// [`linear_backward`] for a matrix that is f32 already.
-pub(crate) fn linear_backward_f32(
+/// The gradient of [`linear`] with respect to its input: `dx (m, k) = dy (m, n) · w`.
+pub(crate) fn linear_backward(
     dy: &[f32],
     m: usize,
     w: &[f32],
     (n, k): (usize, usize),
     dx: &mut [f32],
 ) {
-    by_columns(dy, (m, n, k), Start::Set(None), dx, |columns| Block {
-        data: Cow::Borrowed(&w[columns.start..]),
-        row_stride: k,
-        col_stride: 1,
+    by_columns(dy, (m, n, k), None, dx, |columns| {
+        Mat::rows(&w[columns.start..], k)
     });
 }
 
@@ -361,34 +273,6 @@ pub(crate) fn column_sums(x: &[f32], sums: &mut [f32]) {
     for row in x.chunks_exact(sums.len()) {
         sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
     }
-}
-
-/// The gradient of [`linear`] with respect to its input: `dx (m, k) = dy (m, n) · w`.
-pub(crate) fn linear_backward(
-    dy: &[f32],
-    m: usize,
-    w: &Stored,
-    (n, k): (usize, usize),
-    dx: &mut [f32],
-) {
-    by_columns(dy, (m, n, k), Start::Set(None), dx, |columns| match w {
-        Stored::F32(w) => Block {
-            data: Cow::Borrowed(&w[columns.start..]),
-            row_stride: k,
-            col_stride: 1,
-        },
-        _ => {
-            let mut wide = Vec::with_capacity(n * columns.len());
-            for row in 0..n {
-                w.widen_into(row * k + columns.start..row * k + columns.end, &mut wide);
-            }
-            Block {
-                data: Cow::Owned(wide),
-                row_stride: columns.len(),
-                col_stride: 1,
-            }
-        }
-    });
 }
 
 /// Mean and reciprocal standard deviation of a row.
@@ -673,11 +557,11 @@ pub(crate) fn attention_backward(qkv: &[f32], s: AttentionSizes, dy: &[f32], dqk
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    pub(super) fn numbers(n: usize, seed: u64) -> Vec<f32> {
+    pub(crate) fn numbers(n: usize, seed: u64) -> Vec<f32> {
         let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
         (0..n)
             .map(|_| {
@@ -719,29 +603,14 @@ mod tests {
         fn linear_equals_the_plain_sum(m in 0usize..9, n in 1usize..400, k in 1usize..40, seed in any::<u64>()) {
             let (x, w, bias) = (numbers(m * k, seed), numbers(n * k, seed ^ 1), numbers(n, seed ^ 2));
             let mut out = vec![f32::NAN; m * n];
-            linear(&x, m, &Stored::F32(w.clone()), (n, k), Some(&bias), &mut out);
+            linear(&x, m, &w, (n, k), Some(&bias), &mut out);
             let mut expected = naive(m, n, k, |i, j| x[i * k + j], |j, i| w[i * k + j]);
             expected.iter_mut().enumerate().for_each(|(i, e)| *e += bias[i % n]);
             prop_assert!(close(&out, &expected, 1e-5));
 
             let mut dx = vec![f32::NAN; m * k];
-            linear_backward(&expected, m, &Stored::F32(w.clone()), (n, k), &mut dx);
+            linear_backward(&expected, m, &w, (n, k), &mut dx);
             prop_assert!(close(&dx, &naive(m, k, n, |i, j| expected[i * n + j], |j, i| w[j * k + i]), 1e-4));
-        }
-
-        #[test]
-        fn half_storage_only_rounds_the_weights(m in 1usize..5, n in 1usize..300, k in 1usize..30, seed in any::<u64>()) {
-            let x = numbers(m * k, seed);
-            let w: Vec<f16> = numbers(n * k, seed ^ 1).into_iter().map(f16::from_f32).collect();
-            let wide = Stored::F32(w.iter().map(|x| x.to_f32()).collect());
-            let (mut a, mut b) = (vec![0.0; m * n], vec![0.0; m * n]);
-            linear(&x, m, &Stored::F16(w.clone()), (n, k), None, &mut a);
-            linear(&x, m, &wide, (n, k), None, &mut b);
-            prop_assert_eq!(&a, &b);
-            let (mut da, mut db) = (vec![0.0; m * k], vec![0.0; m * k]);
-            linear_backward(&a, m, &Stored::F16(w), (n, k), &mut da);
-            linear_backward(&a, m, &wide, (n, k), &mut db);
-            prop_assert_eq!(&da, &db);
         }
     }
 

@@ -1,11 +1,12 @@
 //! Products with frozen matrices that were laid out once for the vector units.
 //!
-//! A matrix `B (k, n)` lies in panels of [`LANES`] columns, row after row, as f32 or, where every value is exactly so, as f16:
-//! half the memory traffic, the same result. A tile of a few rows of the other operand meets a panel in registers. The inner
+//! A matrix `B (k, n)` lies in panels of [`LANES`] columns, row after row, as f32 or, where every value is exactly so, as f16
+//! or bf16: half the memory traffic, the same result. A tile of a few rows of the other operand meets a panel in registers. The inner
 //! dimension is walked in fixed blocks and never divided among threads, so the bits do not depend on their number; they do
 //! depend on whether the processor fuses multiplication and addition.
 
-use half::f16;
+use half::{bf16, f16};
+use rayon::prelude::*;
 
 /// Columns of a panel.
 const LANES: usize = 16;
@@ -26,6 +27,33 @@ pub(crate) enum Onto<'a> {
 enum Panels {
     F32(Vec<f32>),
     F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl Panels {
+    /// In 16 bits if that loses nothing, as for weights that were published so.
+    fn narrowest(values: Vec<f32>) -> Self {
+        let kept = |narrow: fn(f32) -> f32| {
+            values
+                .par_iter()
+                .all(|x| narrow(*x).to_bits() == x.to_bits())
+        };
+        if kept(|x| f16::from_f32(x).to_f32()) {
+            return Self::F16(values.par_iter().map(|x| f16::from_f32(*x)).collect());
+        }
+        if kept(|x| bf16::from_f32(x).to_f32()) {
+            return Self::Bf16(values.par_iter().map(|x| bf16::from_f32(*x)).collect());
+        }
+        Self::F32(values)
+    }
+
+    fn get(&self, at: usize) -> f32 {
+        match self {
+            Self::F32(v) => v[at],
+            Self::F16(v) => v[at].to_f32(),
+            Self::Bf16(v) => v[at].to_f32(),
+        }
+    }
 }
 
 /// A frozen matrix `(k, n)`.
@@ -37,29 +65,58 @@ pub(crate) struct Packed {
 }
 
 impl Packed {
-    /// Lays out the matrix whose element `(row, column)` is `at(row, column)`; as f16 if `narrow` and that loses nothing.
-    pub(crate) fn new((k, n): (usize, usize), narrow: bool, at: impl Fn(usize, usize) -> f32) -> Self {
-        let mut values = Vec::with_capacity(n.div_ceil(LANES) * k * LANES);
-        for first in (0..n).step_by(LANES) {
-            for row in 0..k {
-                values.extend((first..first + LANES).map(|column| match column < n {
-                    true => at(row, column),
-                    false => 0.0,
-                }));
-            }
+    /// Lays out the matrix whose element `(row, column)` is `at(row, column)`.
+    pub(crate) fn new((k, n): (usize, usize), at: impl Fn(usize, usize) -> f32 + Sync) -> Self {
+        let mut values = vec![0.0f32; n.div_ceil(LANES) * k * LANES];
+        values
+            .par_chunks_mut((k * LANES).max(1))
+            .enumerate()
+            .for_each(|(panel, values)| {
+                let first = panel * LANES;
+                for (row, values) in values.chunks_exact_mut(LANES).enumerate() {
+                    for (column, value) in (first..n).zip(values) {
+                        *value = at(row, column);
+                    }
+                }
+            });
+        Self {
+            panels: Panels::narrowest(values),
+            k,
+            n,
         }
-        let exact = |x: &f32| f16::from_f32(*x).to_f32().to_bits() == x.to_bits();
-        let panels = match narrow && values.iter().all(exact) {
-            true => Panels::F16(values.iter().map(|x| f16::from_f32(*x)).collect()),
-            false => Panels::F32(values),
-        };
-        Self { panels, k, n }
+    }
+
+    /// The transpose, laid out in the same way.
+    pub(crate) fn transposed(&self) -> Self {
+        let (k, n) = (self.k, self.n);
+        Self::new((n, k), |row, column| {
+            // Element (column, row) of this one.
+            self.panels
+                .get((row / LANES * k + column) * LANES + row % LANES)
+        })
+    }
+
+    /// As [`Packed::multiply`], on all threads; the same bits, since a row does not feel the others.
+    pub(crate) fn multiply_parallel(&self, a: &[f32], m: usize, onto: Onto<'_>, out: &mut [f32]) {
+        const ROWS: usize = 60;
+        if self.k == 0 || self.n == 0 {
+            return self.multiply(a, m, onto, out);
+        }
+        assert!(
+            a.len() >= m * self.k && out.len() >= m * self.n,
+            "matrix sizes"
+        );
+        out[..m * self.n]
+            .par_chunks_mut(ROWS * self.n)
+            .zip(a[..m * self.k].par_chunks(ROWS * self.k))
+            .for_each(|(out, a)| self.multiply(a, out.len() / self.n, onto, out));
     }
 
     pub(crate) fn bytes(&self) -> usize {
         match &self.panels {
             Panels::F32(v) => 4 * v.len(),
             Panels::F16(v) => 2 * v.len(),
+            Panels::Bf16(v) => 2 * v.len(),
         }
     }
 
@@ -100,6 +157,7 @@ impl Packed {
         match &self.panels {
             Panels::F32(panels) => run(job, panels),
             Panels::F16(panels) => run(job, panels),
+            Panels::Bf16(panels) => run(job, panels),
         }
     }
 }
@@ -140,6 +198,7 @@ trait Lanes: Copy {
     unsafe fn zero() -> Self;
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn load_half(from: *const f16) -> Self;
+    unsafe fn load_brain(from: *const bf16) -> Self;
     unsafe fn store(self, to: *mut f32);
     unsafe fn plus(self, other: Self) -> Self;
     /// `self + x · y`.
@@ -169,6 +228,14 @@ impl Element for f16 {
     }
 }
 
+impl Element for bf16 {
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const Self) -> L {
+        // SAFETY: handed on.
+        unsafe { L::load_brain(from) }
+    }
+}
+
 /// All tiles, block of depth by block of depth.
 #[inline(always)]
 unsafe fn walk<L: Lanes, T: Element, const ROWS: usize>(job: Job<'_>, panels: &[T]) {
@@ -183,14 +250,30 @@ unsafe fn walk<L: Lanes, T: Element, const ROWS: usize>(job: Job<'_>, panels: &[
             while row + ROWS <= m {
                 // SAFETY: `ROWS` rows of `a` and of `out` from `row` on, `depth` rows of the panel: all inside the slices.
                 unsafe {
-                    tile::<L, T, ROWS>(&a[row * k + start..], k, panel, depth, &mut out[row * n + first..], n, columns);
+                    tile::<L, T, ROWS>(
+                        &a[row * k + start..],
+                        k,
+                        panel,
+                        depth,
+                        &mut out[row * n + first..],
+                        n,
+                        columns,
+                    );
                 }
                 row += ROWS;
             }
             while row < m {
                 // SAFETY: as above, for one row.
                 unsafe {
-                    tile::<L, T, 1>(&a[row * k + start..], k, panel, depth, &mut out[row * n + first..], n, columns);
+                    tile::<L, T, 1>(
+                        &a[row * k + start..],
+                        k,
+                        panel,
+                        depth,
+                        &mut out[row * n + first..],
+                        n,
+                        columns,
+                    );
                 }
                 row += 1;
             }
@@ -212,8 +295,7 @@ unsafe fn tile<L: Lanes, T: Element, const ROWS: usize>(
     columns: usize,
 ) {
     assert!(
-        a.len() >= (ROWS - 1) * a_width + depth
-            && out.len() >= (ROWS - 1) * out_width + columns
+        a.len() >= (ROWS - 1) * a_width + depth && out.len() >= (ROWS - 1) * out_width + columns
     );
     let a = a.as_ptr();
     // SAFETY: the caller answers for the panel and the instruction set, the assertion for the rest.
@@ -260,6 +342,11 @@ impl Lanes for Plain {
         Self(unsafe { from.cast::<[f16; LANES]>().read_unaligned() }.map(f16::to_f32))
     }
     #[inline(always)]
+    unsafe fn load_brain(from: *const bf16) -> Self {
+        // SAFETY: sixteen elements.
+        Self(unsafe { from.cast::<[bf16; LANES]>().read_unaligned() }.map(bf16::to_f32))
+    }
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: sixteen elements.
         unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
@@ -277,13 +364,14 @@ impl Lanes for Plain {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m256, __m512, _mm_loadu_si128, _mm256_add_ps, _mm256_cvtph_ps, _mm256_fmadd_ps,
-        _mm256_loadu_ps, _mm256_loadu_si256, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
-        _mm512_add_ps, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps,
-        _mm512_setzero_ps, _mm512_storeu_ps,
+        __m256, __m512, _mm_loadu_si128, _mm256_add_ps, _mm256_castsi256_ps, _mm256_cvtepu16_epi32,
+        _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_set1_ps,
+        _mm256_setzero_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm512_add_ps, _mm512_castsi512_ps,
+        _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps,
+        _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
     };
 
-    use half::f16;
+    use half::{bf16, f16};
 
     use super::{Element, Job, Lanes, walk};
 
@@ -323,6 +411,17 @@ mod x86 {
             unsafe {
                 let half = |at: *const f16| _mm256_cvtph_ps(_mm_loadu_si128(at.cast()));
                 Self([half(from), half(from.add(8))])
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_brain(from: *const bf16) -> Self {
+            // SAFETY: sixteen elements; the caller has the features. A bf16 is the upper half of an f32.
+            unsafe {
+                let part = |at: *const bf16| {
+                    let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast()));
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+                };
+                Self([part(from), part(from.add(8))])
             }
         }
         #[inline(always)]
@@ -376,6 +475,14 @@ mod x86 {
             unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
         }
         #[inline(always)]
+        unsafe fn load_brain(from: *const bf16) -> Self {
+            // SAFETY: sixteen elements; the caller has the feature. A bf16 is the upper half of an f32.
+            unsafe {
+                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+            }
+        }
+        #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
             // SAFETY: sixteen elements; the caller has the feature.
             unsafe { _mm512_storeu_ps(to, self.0) }
@@ -412,14 +519,25 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(48))]
 
         #[test]
-        fn products_equal_the_plain_sum(m in 0usize..30, k in 1usize..700, n in 1usize..50, narrow in any::<bool>(), seed in any::<u64>()) {
+        fn products_equal_the_plain_sum(m in 0usize..30, k in 1usize..700, n in 1usize..50, storage in 0usize..3, seed in any::<u64>()) {
             let a = numbers(m * k, seed);
             let mut b = numbers(k * n, seed ^ 1);
-            if narrow {
-                b.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32());
+            // A third of a number has no short form, so that the panels stay as wide as is asked for.
+            b[0] = 1.0 / 3.0;
+            match storage {
+                1 => b.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32()),
+                2 => b.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32() * 1e-20),
+                _ => {}
             }
-            let packed = Packed::new((k, n), narrow, |row, column| b[row * n + column]);
-            prop_assert_eq!(matches!(packed.panels, Panels::F16(_)), narrow);
+            let packed = Packed::new((k, n), |row, column| b[row * n + column]);
+            prop_assert_eq!(matches!(packed.panels, Panels::F16(_)), storage == 1);
+            let turned = packed.transposed();
+            let identity: Vec<f32> = (0..n * n).map(|i| f32::from(u8::from(i % n == i / n))).collect();
+            let mut back = vec![f32::NAN; n * k];
+            turned.multiply_parallel(&identity, n, Onto::Bias(None), &mut back);
+            for (i, x) in back.iter().enumerate() {
+                prop_assert_eq!(*x, b[i % k * n + i / k]);
+            }
             let (bias, before) = (numbers(n, seed ^ 2), numbers(m * n, seed ^ 3));
             let product = expected(&a, &b, (m, k, n));
             let close = |found: f32, wanted: f64| (f64::from(found) - wanted).abs() < 2e-6 * k as f64;
@@ -443,7 +561,7 @@ mod tests {
         #[test]
         fn a_row_has_the_same_bits_in_any_company(m in 1usize..30, k in 1usize..600, n in 1usize..40, seed in any::<u64>()) {
             let (a, b) = (numbers(m * k, seed), numbers(k * n, seed ^ 1));
-            let packed = Packed::new((k, n), false, |row, column| b[row * n + column]);
+            let packed = Packed::new((k, n), |row, column| b[row * n + column]);
             let mut all = vec![0.0; m * n];
             packed.multiply(&a, m, Onto::Bias(None), &mut all);
             let mut alone = vec![0.0; n];
@@ -457,7 +575,7 @@ mod tests {
         #[test]
         fn instruction_sets_agree(m in 1usize..20, k in 1usize..600, n in 1usize..40, seed in any::<u64>()) {
             let (a, b) = (numbers(m * k, seed), numbers(k * n, seed ^ 1));
-            let packed = Packed::new((k, n), false, |row, column| b[row * n + column]);
+            let packed = Packed::new((k, n), |row, column| b[row * n + column] / 3.0);
             let Panels::F32(panels) = &packed.panels else { return Ok(()) };
             let (mut wide, mut plain) = (vec![0.0; m * n], vec![0.0; m * n]);
             run(Job { a: &a, m, k, n, out: &mut wide }, panels);
