@@ -328,6 +328,34 @@ mod tests {
     }
 
     #[test]
+    fn gradients_add_up_and_are_clipped_together() -> Result<()> {
+        let mut params = Params::new(0);
+        let (a, b) = (params.normal("a", 3, 1.0)?, params.normal("b", 2, 1.0)?);
+        params.normal("unused", 2, 1.0)?;
+        let first = (a.tensor() * 3.0)?.sum_all()?;
+        let second = (a.tensor().sum_all()? + (b.tensor() * 6.0)?.sum_all()?)?;
+        let parts = [&first, &second].map(|loss| Gradients::of(loss, &params));
+        let mut sum = Gradients::sum(parts.into_iter().collect::<Result<_>>()?)?;
+        let values =
+            |g: &Gradients, name: &str| g.get(name).map(|g| g.to_vec1::<f32>()).transpose();
+        assert_eq!(values(&sum, "a")?, Some(vec![4.0; 3]));
+        assert_eq!(values(&sum, "b")?, Some(vec![6.0; 2]));
+        assert!(sum.get("unused").is_none());
+
+        let length = (3.0f64 * 16.0 + 2.0 * 36.0).sqrt();
+        assert!((sum.clip_norm(1000.0)? - length).abs() < 1e-5);
+        assert_eq!(values(&sum, "a")?, Some(vec![4.0; 3]));
+        sum.clip_norm(length / 2.0)?;
+        assert!((sum.clip_norm(1000.0)? - length / 2.0).abs() < 1e-5);
+        let only_b = params.group(|p| p.name() == "b");
+        assert_eq!(sum.group(&only_b).iter().count(), 1);
+        let broken = Gradients::of(&(a.tensor() * f64::NAN)?.sum_all()?, &params)?.clip_norm(1.0);
+        assert!(matches!(broken, Err(Error::NotFinite { .. })));
+        assert!(Gradients::sum(vec![sum.group(&only_b), sum]).is_err());
+        Ok(())
+    }
+
+    #[test]
     fn loading_is_all_or_nothing() -> Result<()> {
         let mut params = Params::new(0);
         params.normal("a", 2, 1.0)?;

@@ -1,13 +1,14 @@
 //! What a CLIP knows of the picture world: zero-shot, what its features hold, and what its patches know.
 
 use anyhow::{Context, Result};
-use candle_core::{D, Device, Tensor};
+use candle_core::{Device, Tensor};
 use cliptune_core::clip::Glimpses;
 use cliptune_core::ops::{cross_entropy, unit_length};
 use cliptune_core::optim::{Optimizer, OptimizerConfig};
 use cliptune_core::preprocess::normalise;
 use cliptune_core::prompt::{ClassTokens, Prompts};
 use cliptune_core::{Classes, Clip, Gradients, Params};
+use cliptune_data::Confusion;
 use cliptune_scenes::{self as scenes, Picture, Shape, Task};
 use rayon::prelude::*;
 
@@ -63,9 +64,9 @@ fn class_features(clip: &Clip, names: Vec<String>, template: &str) -> Result<Ten
 
 /// Percent of rows whose largest logit is their label's.
 fn accuracy(logits: &Tensor, labels: &[u32]) -> Result<f64> {
-    let predicted = logits.argmax(D::Minus1)?.to_vec1::<u32>()?;
-    let right = predicted.iter().zip(labels).filter(|(p, l)| p == l).count();
-    Ok(100.0 * right as f64 / labels.len() as f64)
+    let mut confusion = Confusion::new(logits.dim(1)?);
+    confusion.add(logits, labels)?;
+    Ok(confusion.accuracy()?)
 }
 
 /// Zero-shot accuracy of a task in percent, on `per_class` pictures of each class.

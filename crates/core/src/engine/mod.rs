@@ -1,4 +1,4 @@
-//! The prompt engine: runs declared prompts through the frozen text tower, exactly and at the least cost.
+//! The prompt engine: runs declared prompts through the frozen text tower, exactly, and what they share only once.
 //!
 //! [`plan`] finds out what has to be computed; [`run`] computes it, as one operation of candle's graph.
 

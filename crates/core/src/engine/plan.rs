@@ -1,4 +1,4 @@
-//! How a set of prompts is run at the least cost: which rows are computed, once each, and what attends to what.
+//! How a set of prompts is run: which rows are computed, and what attends to what.
 //!
 //! The text tower is causal, so equal beginnings have equal rows at every layer. Prompts are put into groups; a group's
 //! common beginning, its *prefix*, is computed once, and what is left of each prompt, its *suffix*, attends to the prefix's

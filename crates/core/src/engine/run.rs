@@ -73,7 +73,7 @@ impl Runner<'_> {
             .plan
             .beginnings
             .par_iter()
-            .map(|chunk| self.chunk_forward(chunk, inputs, deep, None, true).1)
+            .map(|chunk| self.chunk_forward(chunk, inputs, deep, None, keep).1)
             .collect();
         let homes = homes(self.plan);
         let done: Vec<(Vec<f32>, Vec<Kept>)> = self
@@ -151,14 +151,19 @@ impl Runner<'_> {
             kernels::activate(block.activation, &hidden, &mut active);
             let mut next = middle.clone();
             block.c_proj.add(&active, rows.len(), &mut next);
-            kept.push(match keep {
-                true => Kept {
+            kept.push(match (keep, known) {
+                (true, _) => Kept {
                     x,
                     qkv,
                     middle,
                     hidden,
                 },
-                false => Kept::default(),
+                // Suffixes read a prefix's keys and values.
+                (false, None) => Kept {
+                    qkv,
+                    ..Kept::default()
+                },
+                (false, Some(_)) => Kept::default(),
             });
             match last {
                 true => {
@@ -390,13 +395,19 @@ struct Known<'a> {
     beginnings: &'a [Vec<Kept>],
 }
 
-impl<'a> Known<'a> {
-    /// Queries, keys and values of a group's prefix at a layer, from its first row on.
-    fn prefix(self, group: usize, layer: usize, width: usize) -> &'a [f32] {
-        match self.homes[group] {
-            Some((home, first)) => &self.beginnings[home][layer].qkv[first * 3 * width..],
-            None => &[],
-        }
+/// Queries, keys and values of the prefix that a sequence attends to, from its first row on, and how many rows it has.
+fn prefix_of<'a>(
+    known: Option<Known<'a>>,
+    s: &Sequence,
+    layer: usize,
+    width: usize,
+) -> (&'a [f32], usize) {
+    match known.and_then(|k| Some((k, k.homes[s.group]?))) {
+        Some((k, (home, first))) => (
+            &k.beginnings[home][layer].qkv[first * 3 * width..],
+            k.prefixes[s.group],
+        ),
+        None => (&[], 0),
     }
 }
 
@@ -512,8 +523,7 @@ fn attend(
     let mut p = Vec::new();
     let mut out = mixed.chunks_exact_mut(width);
     for s in &chunk.sequences {
-        let prefix = known.map_or(&[][..], |k| k.prefix(s.group, layer, width));
-        let prefix_rows = known.map_or(0, |k| k.rows(s.group));
+        let (prefix, prefix_rows) = prefix_of(known, s, layer, width);
         let own = &qkv[s.start * 3 * width..][..s.len * 3 * width];
         for at in queries(s, ends_only) {
             let Some(out) = out.next() else { return };
@@ -530,13 +540,6 @@ fn attend(
                 }
             }
         }
-    }
-}
-
-impl Known<'_> {
-    /// Rows of a group's prefix.
-    fn rows(self, group: usize) -> usize {
-        self.prefixes[group]
     }
 }
 
@@ -562,8 +565,7 @@ fn attend_backward(
     let (mut p, mut d_p) = (Vec::new(), Vec::new());
     let mut d_out = d_mixed.chunks_exact(width);
     for s in &chunk.sequences {
-        let prefix = known.map_or(&[][..], |k| k.prefix(s.group, layer, width));
-        let prefix_rows = known.map_or(0, |k| k.rows(s.group));
+        let (prefix, prefix_rows) = prefix_of(known, s, layer, width);
         let own = &qkv[s.start * 3 * width..][..s.len * 3 * width];
         let d_own = &mut d_qkv[s.start * 3 * width..][..s.len * 3 * width];
         let mut debt = debts
