@@ -66,7 +66,10 @@ impl Setup {
             seconds: 0.0,
         };
         let mut players: Vec<Player> = contenders.iter().map(player).collect();
-        let reference = *contenders.first().context("nobody takes part")?;
+        let whole = contenders
+            .iter()
+            .find(|contender| row.checks_whole(**contender));
+        let reference = *whole.context("nobody takes part")?;
         let mut record = RowRecord {
             row: row.name.to_owned(),
             title: row.title.to_owned(),
@@ -99,10 +102,11 @@ impl Setup {
         Ok(record)
     }
 
-    /// Compares results and gradients: each contender alone in a process, then ours with other numbers of threads.
+    /// Lets each contender compute the whole step alone in a process, ours with other numbers of threads too, and compares
+    /// results and gradients.
     fn check(&self, row: &Row, players: &mut [Player], record: &mut RowRecord) -> Result<()> {
-        let mut expected: Option<Named> = None;
-        for player in players {
+        let mut outputs = BTreeMap::new();
+        for player in players.iter_mut() {
             let contender = player.job.contender;
             let path = self.output(row, contender, self.threads);
             let mut process = Process::start(&self.launch, &player.job)?;
@@ -112,26 +116,11 @@ impl Setup {
             player.measured.forecast = process.forecast;
             player.measured.versions = process.versions.clone();
             drop(process);
-            let took = format!("check: {} {:.2} s", contender.title(), sample.wall);
-            let found = inputs::read(&path)?;
-            match &expected {
-                None => {
-                    say(row, &took);
-                    expected = Some(found);
-                }
-                Some(expected) => {
-                    player.measured.errors = errors(&found, expected)?;
-                    let (name, error) = player.measured.worst().context("nothing compared")?;
-                    say(row, &format!("{took}, differs by {error:.1e} ({name})"));
-                    let wrong = player.measured.errors.iter();
-                    for (name, error) in wrong.filter(|(_, error)| **error > TOLERANCE) {
-                        record.failures.push(format!(
-                            "{}: {name} differs by {error:.1e}, more than {TOLERANCE:.0e}",
-                            contender.title()
-                        ));
-                    }
-                }
-            }
+            say(
+                row,
+                &format!("check: {} {:.2} s", contender.title(), sample.wall),
+            );
+            outputs.insert(contender, inputs::read(&path)?);
             if contender.is_ours() {
                 let same = self.same_bits(row, &player.job, &path)?;
                 if same.len() < THREADS.len() {
@@ -143,6 +132,24 @@ impl Setup {
                 }
                 record.same_bits.insert(contender.slug().to_owned(), same);
             }
+        }
+        let expected = &outputs[&record.reference];
+        for player in players {
+            let contender = player.job.contender;
+            if contender == record.reference {
+                continue;
+            }
+            let errors = errors(&outputs[&contender], expected)?;
+            for (name, error) in errors.iter().filter(|(_, error)| **error > TOLERANCE) {
+                record.failures.push(format!(
+                    "{}: {name} differs by {error:.1e}, more than {TOLERANCE:.0e}",
+                    contender.title()
+                ));
+            }
+            player.measured.errors = errors;
+            let (name, error) = player.measured.worst().context("nothing was compared")?;
+            let title = contender.title();
+            say(row, &format!("{title} differs by {error:.1e} ({name})"));
         }
         Ok(())
     }

@@ -221,7 +221,7 @@ class Clip(nn.Module):
         self.logit_scale = nn.Parameter(weights["logit_scale"])
         counters = {name for name in self.state_dict() if name.endswith("num_batches_tracked")}
         missing, unexpected = self.load_state_dict(weights, strict=False)
-        if set(missing) != counters or unexpected:
+        if set(missing) - counters or unexpected:
             raise SystemExit(f"weights: missing {missing}, unexpected {unexpected}")
         length = self.positional_embedding.shape[0]
         mask = torch.full((length, length), float("-inf")).triu(1)

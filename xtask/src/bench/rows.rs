@@ -232,6 +232,11 @@ impl Row {
         Contender::ALL.into_iter().filter(takes_part).collect()
     }
 
+    /// Whether a contender's check covers the whole step, so that it can be what others are compared with.
+    pub(super) fn checks_whole(&self, contender: Contender) -> bool {
+        contender != Contender::Candle || self.scale(contender) == 1
+    }
+
     /// How many times the timed part makes the whole step.
     pub(super) fn scale(&self, contender: Contender) -> usize {
         match self.task {
@@ -250,6 +255,8 @@ mod tests {
         for row in Row::all() {
             for contender in row.contenders() {
                 let sampled = row.name == "coop-1000" && !contender.is_ours();
+                let partly = sampled && contender == Contender::Candle;
+                assert_eq!(row.checks_whole(contender), !partly, "{}", row.name);
                 assert_eq!(
                     row.scale(contender),
                     if sampled { 10 } else { 1 },

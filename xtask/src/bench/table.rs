@@ -135,7 +135,7 @@ fn notes(row: &RowRecord) -> Vec<String> {
         }
     }
     let mut notes = vec![format!(
-        "{} rounds, {} threads, {}; `{}`",
+        "rounds: {}, threads: {}, {}; `{}`",
         rounds.unwrap_or(0),
         row.threads,
         versions.join(", "),
