@@ -148,10 +148,10 @@ pub(crate) fn gemm(
     }
 }
 
-/// A pointer that tasks share; each writes its own columns.
+/// A pointer that tasks share; each writes its own elements.
 #[derive(Clone, Copy)]
 struct Shared(*mut f32);
-// SAFETY: only `by_columns` makes one, and its tasks write disjoint columns.
+// SAFETY: whoever makes one gives its tasks disjoint elements.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}
