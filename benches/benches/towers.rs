@@ -28,7 +28,7 @@ fn coop_step(c: &mut Criterion) {
         .sample_size(10)
         .measurement_time(Duration::from_secs(10));
     let clip = vit_b16().unwrap();
-    for n_cls in [10, 40] {
+    for n_cls in [10, 40, 100] {
         let classes = classes(n_cls).unwrap();
         let mut coop = CoOp::new(&CoOpConfig::default(), &clip, &classes, 1).unwrap();
         let tokens = ClassTokens::new(clip.text(), &classes).unwrap();

@@ -89,6 +89,16 @@ pub enum Error {
         /// Positions of the text tower.
         context_length: usize,
     },
+    /// A forward and backward pass takes more memory than it may.
+    #[error(
+        "the memory budget of {budget} bytes is too small: even in two passes, one chunk of prompts at a time, these prompts take {needed} bytes; raise the budget or encode fewer prompts"
+    )]
+    Memory {
+        /// Bytes that the leanest way takes.
+        needed: u64,
+        /// Bytes allowed.
+        budget: u64,
+    },
     /// The weights know another vocabulary than CLIP's, so text cannot be tokenised for them.
     #[error(
         "the text tower has a vocabulary of {found} tokens, CLIP's tokenizer needs {expected}; these weights cannot take text, only token ids"

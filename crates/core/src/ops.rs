@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, Layout, Shape, Tensor};
 
-use crate::kernels::{self, AttentionSizes, Onto, Packed, Stored};
+use crate::kernels::{self, AttentionSizes, Onto, Packed, Stored, rows};
 use crate::{Activation, Error, Result};
 
 /// An affine map `y = x·wᵀ + b`.
@@ -103,19 +103,55 @@ impl FrozenLinear {
         self.backward.get_or_init(|| self.forward.transposed())
     }
 
-    /// `out (m, out) = x (m, in)·wᵀ + b` on the calling thread.
-    pub(crate) fn apply(&self, x: &[f32], m: usize, out: &mut [f32]) {
-        self.forward.multiply(x, m, Onto::Bias(self.bias()), out);
+    /// Bytes of the layout for the way back that are not there yet.
+    pub(crate) fn bytes_to_come(&self) -> usize {
+        match self.backward.get() {
+            Some(_) => 0,
+            None => self.forward.bytes(),
+        }
+    }
+
+    /// `out (m, out) = x (m, in)·wᵀ + b`.
+    pub(crate) fn apply(&self, x: &[f32], m: usize, out: &mut [f32], threads: Threads) {
+        threads.multiply(&self.forward, x, m, Onto::Bias(self.bias()), out);
     }
 
     /// `out += x·wᵀ + b`.
-    pub(crate) fn add(&self, x: &[f32], m: usize, out: &mut [f32]) {
-        self.forward.multiply(x, m, Onto::Output(self.bias()), out);
+    pub(crate) fn add(&self, x: &[f32], m: usize, out: &mut [f32], threads: Threads) {
+        threads.multiply(&self.forward, x, m, Onto::Output(self.bias()), out);
+    }
+
+    /// As [`FrozenLinear::apply`] for queries, keys and values side by side, but without the queries, whose place in `out`
+    /// stays as it is.
+    pub(crate) fn apply_keys(&self, x: &[f32], m: usize, out: &mut [f32]) {
+        let (width, all) = (self.in_width, self.out_width);
+        if let Some(out) = out.get_mut(width..) {
+            self.forward
+                .multiply_columns(x, m, width..all, Onto::Bias(self.bias()), out, all);
+        }
     }
 
     /// `dx (m, in) = dy (m, out)·w`.
-    pub(crate) fn backward(&self, dy: &[f32], m: usize, dx: &mut [f32]) {
-        self.turned().multiply(dy, m, Onto::Bias(None), dx);
+    pub(crate) fn backward(&self, dy: &[f32], m: usize, dx: &mut [f32], threads: Threads) {
+        threads.multiply(self.turned(), dy, m, Onto::Bias(None), dx);
+    }
+}
+
+/// Who computes a product; the bits are the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Threads {
+    /// The calling thread.
+    One,
+    /// All of them.
+    All,
+}
+
+impl Threads {
+    fn multiply(self, b: &Packed, a: &[f32], m: usize, onto: Onto<'_>, out: &mut [f32]) {
+        match self {
+            Self::One => b.multiply(a, m, onto, out),
+            Self::All => b.multiply_parallel(a, m, onto, out),
+        }
     }
 }
 
@@ -240,7 +276,7 @@ pub(crate) fn values<'a>(
 }
 
 /// The values of a tensor as they lie in memory, copied only if they are not contiguous.
-fn with_values<T>(t: &Tensor, f: impl FnOnce(&[f32]) -> T) -> candle_core::Result<T> {
+pub(crate) fn with_values<T>(t: &Tensor, f: impl FnOnce(&[f32]) -> T) -> candle_core::Result<T> {
     let t = t.contiguous()?;
     let (storage, layout) = t.storage_and_layout();
     match &*storage {
@@ -375,12 +411,14 @@ pub(crate) struct FrozenNorm {
 }
 
 impl FrozenNorm {
+    /// On the calling thread.
     pub(crate) fn normalise(&self, x: &[f32], out: &mut [f32]) {
-        kernels::layer_norm(x, &self.gain, &self.bias, LAYER_NORM_EPS, out);
+        rows::layer_norm(x, &self.gain, &self.bias, LAYER_NORM_EPS, out);
     }
 
+    /// Adds the gradient to `dx`.
     pub(crate) fn backward(&self, x: &[f32], dy: &[f32], dx: &mut [f32]) {
-        kernels::layer_norm_backward(x, &self.gain, LAYER_NORM_EPS, dy, dx);
+        rows::layer_norm_backward(x, &self.gain, LAYER_NORM_EPS, dy, dx);
     }
 }
 

@@ -259,3 +259,13 @@ pub(crate) struct FrozenBlock<'a> {
     pub(crate) c_proj: &'a FrozenLinear,
     pub(crate) activation: Activation,
 }
+
+impl FrozenBlock<'_> {
+    /// Bytes of the layouts for the way back that are not there yet.
+    pub(crate) fn bytes_to_come(&self) -> usize {
+        [self.in_proj, self.out_proj, self.c_fc, self.c_proj]
+            .iter()
+            .map(|l| l.bytes_to_come())
+            .sum()
+    }
+}

@@ -18,6 +18,7 @@ use crate::{Arch, Checkpoint, Error, Params, Preprocess, Result, VisionArch, che
 
 pub(crate) use self::block::{Block, FrozenBlock};
 pub use self::text::{Probe, TextTower};
+pub use crate::engine::memory::{Forecast, Policy};
 
 /// How frozen weights are kept in memory. Computation is always in f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -143,6 +144,15 @@ impl Clip {
             weights_hash,
             storage,
         })
+    }
+
+    /// Bounds what a forward and backward pass over prompts may take, in bytes beside the weights; `None`, the default, is no
+    /// bound.
+    ///
+    /// A pass that would take more runs its prompts twice instead of keeping what it needs for the way back, and fewer of
+    /// them at a time: slower, with the same bits. See [`TextTower::forecast`].
+    pub fn set_memory_budget(&mut self, bytes: Option<u64>) {
+        self.text.set_memory_budget(bytes);
     }
 
     /// The text tower.

@@ -51,6 +51,18 @@ impl Chunk {
     pub(crate) fn range(&self) -> Range<usize> {
         self.first..self.first + self.rows
     }
+
+    /// The last row of every sequence.
+    pub(crate) fn ends(&self) -> impl Iterator<Item = u32> {
+        self.sequences.iter().map(|s| (s.start + s.len - 1) as u32)
+    }
+
+    /// The groups of its sequences, each once.
+    pub(crate) fn groups(&self) -> impl Iterator<Item = usize> {
+        let mut last = None;
+        let groups = self.sequences.iter().map(|s| s.group);
+        groups.filter(move |group| last.replace(*group) != Some(*group))
+    }
 }
 
 /// A plan. Rows are numbered through all chunks, prefixes first.
