@@ -11,6 +11,10 @@ use cliptune_core::{ImageBatch, optim};
 use cliptune_text_pt::{CoOp, CoOpConfig};
 use criterion::{Criterion, criterion_group, criterion_main};
 
+fn one_thread(_: &mut Criterion) {
+    cliptune_core::one_candle_thread();
+}
+
 fn image_towers(c: &mut Criterion) {
     let mut group = c.benchmark_group("image tower, batch 2");
     group
@@ -56,5 +60,5 @@ fn coop_step(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, image_towers, coop_step);
+criterion_group!(benches, one_thread, image_towers, coop_step);
 criterion_main!(benches);

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, IndexOp, Tensor};
+use half::f16;
+use rayon::prelude::*;
 
 use crate::kernels::Stored;
 use crate::ops::{self, FrozenLinear, FrozenNorm, LayerNorm, Linear};
@@ -86,6 +88,24 @@ impl Weights {
         let tensor = self.take(name)?;
         self.expect(name, &tensor, shape)?;
         keep(&tensor, self.storage)
+    }
+
+    /// A table of rows in the storage type, or in 16 bits where that loses nothing.
+    pub(crate) fn table(&self, tensor: &Tensor) -> Result<Tensor> {
+        if self.storage != DType::F32 || matches!(tensor.dtype(), DType::F16 | DType::BF16) {
+            return Ok(match self.storage {
+                DType::F32 => tensor.clone(),
+                storage => tensor.to_dtype(storage)?,
+            });
+        }
+        let tensor = tensor.to_dtype(DType::F32)?;
+        let short = ops::with_values(&tensor, |values| {
+            values.par_iter().all(|x| f16::from_f32(*x).to_f32() == *x)
+        })?;
+        Ok(match short {
+            true => tensor.to_dtype(DType::F16)?,
+            false => tensor,
+        })
     }
 
     /// A matrix made of several tensors, in the storage type.

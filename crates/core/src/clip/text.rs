@@ -21,7 +21,7 @@ pub type Probe<'a> = &'a mut dyn FnMut(&str, &Tensor) -> Result<()>;
 /// CLIP's text tower.
 #[derive(Debug)]
 pub struct TextTower {
-    /// `(vocab, width)`, kept in the storage type.
+    /// `(vocab, width)`, in 16 bits where that loses nothing.
     token_embedding: Tensor,
     /// `(context_length, width)`.
     positions: Tensor,
@@ -55,7 +55,7 @@ impl TextTower {
                 expected,
             });
         }
-        let token_embedding = token_embedding.to_dtype(w.storage())?;
+        let token_embedding = w.table(&token_embedding)?;
         let blocks = (0..arch.text_layers).map(|i| {
             Block::load(
                 w,

@@ -10,6 +10,8 @@ impl Buffers {
     /// A buffer of at least `len` floats, whose contents are arbitrary: the smallest spare one that is large enough, else a
     /// new one.
     pub(crate) fn take(&self, len: usize) -> Vec<f32> {
+        // Nearly equal sizes share buffers. What nobody touches of a fresh one takes no memory.
+        let len = len.next_multiple_of(len.next_power_of_two() / 8 + 1);
         let mut spare = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let fitting = spare
             .iter()

@@ -120,7 +120,10 @@ pub(crate) fn layer_norm_backward(x: &[f32], gain: &[f32], eps: f32, dy: &[f32],
                 let (mean, rstd) = moments(x, eps);
                 let (mut sums, mut dots) = ([0.0f32; LANES], [0.0f32; LANES]);
                 // Widths of CLIP's towers are multiples of 64; the last part may be short all the same.
-                for ((x, dy), gain) in x.chunks(LANES).zip(dy.chunks(LANES)).zip(gain.chunks(LANES))
+                for ((x, dy), gain) in x
+                    .chunks(LANES)
+                    .zip(dy.chunks(LANES))
+                    .zip(gain.chunks(LANES))
                 {
                     let parts = sums.iter_mut().zip(&mut dots);
                     for ((((sum, dot), x), dy), gain) in parts.zip(x).zip(dy).zip(gain) {
@@ -215,6 +218,11 @@ pub(crate) fn softmax(row: &mut [f32]) {
     for x in row.iter_mut() {
         *x = exp(*x - max);
     }
-    let scale = 1.0 / sum(row, #[inline(always)] |x| x);
+    let scale = 1.0
+        / sum(
+            row,
+            #[inline(always)]
+            |x| x,
+        );
     row.iter_mut().for_each(|x| *x *= scale);
 }
