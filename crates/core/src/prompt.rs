@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::engine::plan::Place;
 use crate::engine::run::Deep;
+use crate::params::check_finite;
 use crate::tokenizer::{END, START, Tokenizer};
 use crate::{Classes, Error, Result, clip::TextTower};
 
@@ -147,6 +148,7 @@ impl Prompts {
                     });
                 }
             };
+            check_finite(tensor, &format!("learned context {i} of the prompts"))?;
             table.push(tensor.reshape((contexts * rows, width))?);
             sources.push((first_row, contexts, rows));
             first_row += contexts * rows;
@@ -217,6 +219,7 @@ impl Prompts {
         let mut first = 0;
         for (source, tensor) in &self.deeper {
             let (blocks, rows, width) = tensor.dims3()?;
+            check_finite(tensor, &format!("deeper rows of learned context {source}"))?;
             slots.insert(*source, deep.rows.len());
             deep.rows.extend((0..rows).map(|row| {
                 let at = |block: usize| (first + block * rows + row) as u32;

@@ -38,11 +38,6 @@ impl Weights {
         }
     }
 
-    /// The type in which frozen matrices are kept.
-    pub(crate) fn storage(&self) -> DType {
-        self.storage
-    }
-
     /// Whether layers hold variables.
     pub(crate) fn is_learned(&self) -> bool {
         self.learned

@@ -128,11 +128,11 @@ impl TextTower {
     ///
     /// # Errors
     /// [`Error::PromptTooLong`] if a prompt has more tokens than the tower has positions, [`Error::Shape`] if a learned
-    /// tensor is not as wide as the tower, [`Error::Memory`] if the memory budget is too small whatever is recomputed.
+    /// tensor is not as wide as the tower, [`Error::NotFinite`] if it holds NaN or an infinity, [`Error::Memory`] if the memory budget is too small whatever is recomputed.
     pub fn encode(&self, prompts: &Prompts) -> Result<Tensor> {
         match self.learned {
             true => self.run_plainly(prompts, None),
-            false => self.run(prompts),
+            false => self.encode_in_chunks(prompts, CHUNK_ROWS),
         }
     }
 
@@ -177,10 +177,10 @@ impl TextTower {
         self.projection.forward(&self.ln_final.forward(&x)?)
     }
 
-    /// Through the prompt engine.
-    fn run(&self, prompts: &Prompts) -> Result<Tensor> {
+    /// Through the prompt engine, in chunks of about so many rows.
+    pub(crate) fn encode_in_chunks(&self, prompts: &Prompts, chunk_rows: usize) -> Result<Tensor> {
         let laid_out = prompts.lay_out(self)?;
-        let (plan, wanted) = Self::plan(&laid_out);
+        let (plan, wanted) = Self::plan(&laid_out, chunk_rows);
         let forecast = self.forecast_of(&laid_out, &plan, wanted)?;
         let device = laid_out.table.device();
         let deep = match &laid_out.deep_table {
@@ -204,8 +204,8 @@ impl TextTower {
     }
 
     /// How the prompts are run, and which of their rows need gradients.
-    fn plan(laid_out: &LaidOut) -> (Plan, Wanted) {
-        let plan = Plan::new(&laid_out.prompts, CHUNK_ROWS);
+    fn plan(laid_out: &LaidOut, chunk_rows: usize) -> (Plan, Wanted) {
+        let plan = Plan::new(&laid_out.prompts, chunk_rows);
         let learned = |chunks: &[Chunk]| {
             let mut places = chunks.iter().flat_map(|c| &plan.places[c.range()]);
             places.any(|p| p.row as usize >= laid_out.words || p.deep > 0)
@@ -237,7 +237,7 @@ impl TextTower {
     /// As [`TextTower::encode`]; [`Error::Memory`] if the budget is too small whatever is recomputed.
     pub fn forecast(&self, prompts: &Prompts) -> Result<Forecast> {
         let laid_out = prompts.lay_out(self)?;
-        let (plan, wanted) = Self::plan(&laid_out);
+        let (plan, wanted) = Self::plan(&laid_out, CHUNK_ROWS);
         self.forecast_of(&laid_out, &plan, wanted)
     }
 

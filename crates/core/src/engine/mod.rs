@@ -8,6 +8,8 @@ pub(crate) mod buffers;
 pub(crate) mod memory;
 pub(crate) mod plan;
 pub(crate) mod run;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, Mutex, PoisonError};
 

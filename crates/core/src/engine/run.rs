@@ -159,7 +159,7 @@ impl Layout {
         }
         let mut cut = Cut::new(spare);
         let (even, odd) = (cut.take(rows), cut.take(rows));
-        let (x, next) = if block % 2 == 0 {
+        let (x, next) = if block.is_multiple_of(2) {
             (even, odd)
         } else {
             (odd, even)

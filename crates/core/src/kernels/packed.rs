@@ -174,7 +174,7 @@ impl Packed {
         pitch: usize,
     ) {
         assert!(
-            columns.start % LANES == 0 && columns.end <= self.n && pitch >= columns.len(),
+            columns.start.is_multiple_of(LANES) && columns.end <= self.n && pitch >= columns.len(),
             "columns of a product"
         );
         for row in 0..m {
