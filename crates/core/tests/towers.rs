@@ -200,7 +200,9 @@ fn half_storage_computes_with_the_rounded_weights() -> Result<()> {
                 bits(&wide.text().encode(&prompts(&ctx))?)?,
                 bits(&narrow.text().encode(&prompts(&ctx))?)?
             );
-            assert!(narrow.bytes() < wide.bytes());
+            // Weights that are not exact in 16 bits take twice the room as they are.
+            let exact = Clip::from_checkpoint(random(&arch, 3)?, Storage::F32)?;
+            assert!(narrow.bytes() < exact.bytes() * 6 / 10);
         }
     }
     Ok(())
