@@ -6,6 +6,9 @@ pub mod clip;
 mod engine;
 mod error;
 pub mod files;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals;
 mod kernels;
 pub mod method;
 pub mod ops;

@@ -4,10 +4,24 @@
 //! numbers, and what it gathers stays in registers; nothing but one row of probabilities is ever formed.
 
 use super::plan::{Chunk, Sequence};
-use crate::kernels::rows::{axpy, dot, softmax, vectorised};
+use crate::kernels::rows::{self, axpy, dot, softmax, vectorised};
 
 /// Width of a head, in every tower of every CLIP.
 const HEAD: usize = crate::HEAD_WIDTH;
+
+/// The head that begins at `offset`.
+#[inline(always)]
+fn head(row: &[f32], offset: usize) -> &rows::Head {
+    let (head, _) = row[offset..].as_chunks();
+    &head[0]
+}
+
+/// As [`head`], to be changed.
+#[inline(always)]
+fn head_mut(row: &mut [f32], offset: usize) -> &mut rows::Head {
+    let (head, _) = row[offset..].as_chunks_mut();
+    &mut head[0]
+}
 
 /// By group: queries, keys and values of its prefix from the first row on, and how many rows it has.
 pub(crate) struct Prefixes<'a>(pub(crate) Box<dyn Fn(usize) -> (&'a [f32], usize) + 'a>);
@@ -62,14 +76,14 @@ impl Attention<'_> {
                     let own = &self.qkv[query.sequence.start * 3 * self.width..];
                     let p = &mut scratch[..known + query.at + 1];
                     let out = &mut mixed[query.index * self.width..][..self.width];
-                    for (h, out) in out.chunks_exact_mut(HEAD).enumerate() {
-                        let head = Head::new(prefix, own, h * HEAD, self.width, known);
-                        head.probabilities(query.at, p);
+                    for offset in (0..self.width).step_by(HEAD) {
+                        let seen = Seen::new(prefix, own, offset, self.width, known);
+                        seen.probabilities(query.at, p);
                         let mut sum = [0.0f32; HEAD];
                         for (j, p) in p.iter().enumerate() {
-                            axpy(*p, head.value(j), &mut sum);
+                            axpy(*p, seen.value(j), &mut sum);
                         }
-                        out.copy_from_slice(&sum);
+                        *head_mut(out, offset) = sum;
                     }
                 }
             },
@@ -101,35 +115,32 @@ impl Attention<'_> {
             vectorised(
                 #[inline(always)]
                 || {
-                    for (h, d_out) in d_mixed.chunks_exact(HEAD).enumerate() {
-                        let head = Head::new(prefix, own, h * HEAD, width, known);
-                        head.probabilities(query.at, p);
+                    for offset in (0..width).step_by(HEAD) {
+                        let seen = Seen::new(prefix, own, offset, width, known);
+                        let d_out = head(d_mixed, offset);
+                        seen.probabilities(query.at, p);
                         let mut mean = 0.0;
                         for (j, (d_p, p)) in d_p.iter_mut().zip(&*p).enumerate() {
-                            *d_p = dot(d_out, head.value(j));
+                            *d_p = dot(d_out, seen.value(j));
                             mean += p * *d_p;
                         }
-                        let q = head.query(query.at);
+                        let q = seen.query(query.at);
                         let mut d_q = [0.0f32; HEAD];
                         for (j, (d_p, p)) in d_p.iter().zip(&*p).enumerate() {
                             let d_score = SCALE * p * (*d_p - mean);
-                            axpy(d_score, head.key(j), &mut d_q);
+                            axpy(d_score, seen.key(j), &mut d_q);
                             let (d_key, d_value) = match (j.checked_sub(known), &mut debt) {
-                                (Some(j), _) => {
-                                    d_own[j * 3 * width + width + h * HEAD..].split_at_mut(width)
-                                }
-                                (None, Some(debt)) => {
-                                    debt[j * 2 * width + h * HEAD..].split_at_mut(width)
-                                }
+                                (Some(j), _) => d_own[(3 * j + 1) * width..].split_at_mut(width),
+                                (None, Some(debt)) => debt[2 * j * width..].split_at_mut(width),
                                 (None, None) => continue,
                             };
-                            axpy(d_score, q, &mut d_key[..HEAD]);
-                            axpy(*p, d_out, &mut d_value[..HEAD]);
+                            axpy(d_score, q, head_mut(d_key, offset));
+                            axpy(*p, d_out, head_mut(d_value, offset));
                         }
                         axpy(
                             1.0,
                             &d_q,
-                            &mut d_own[query.at * 3 * width + h * HEAD..][..HEAD],
+                            head_mut(&mut d_own[query.at * 3 * width..], offset),
                         );
                     }
                 },
@@ -142,7 +153,7 @@ impl Attention<'_> {
 const SCALE: f32 = 0.125;
 
 /// A head's part of a prefix and of a sequence.
-struct Head<'a> {
+struct Seen<'a> {
     prefix: &'a [f32],
     own: &'a [f32],
     offset: usize,
@@ -150,7 +161,7 @@ struct Head<'a> {
     known: usize,
 }
 
-impl<'a> Head<'a> {
+impl<'a> Seen<'a> {
     #[inline(always)]
     fn new(prefix: &'a [f32], own: &'a [f32], offset: usize, width: usize, known: usize) -> Self {
         Self {
@@ -163,26 +174,26 @@ impl<'a> Head<'a> {
     }
 
     #[inline(always)]
-    fn part(&self, j: usize, which: usize) -> &'a [f32] {
+    fn part(&self, j: usize, which: usize) -> &'a rows::Head {
         let (rows, j) = match j.checked_sub(self.known) {
             Some(j) => (self.own, j),
             None => (self.prefix, j),
         };
-        &rows[(3 * j + which) * self.width + self.offset..][..HEAD]
+        head(rows, (3 * j + which) * self.width + self.offset)
     }
 
     #[inline(always)]
-    fn query(&self, at: usize) -> &'a [f32] {
+    fn query(&self, at: usize) -> &'a rows::Head {
         self.part(self.known + at, 0)
     }
 
     #[inline(always)]
-    fn key(&self, j: usize) -> &'a [f32] {
+    fn key(&self, j: usize) -> &'a rows::Head {
         self.part(j, 1)
     }
 
     #[inline(always)]
-    fn value(&self, j: usize) -> &'a [f32] {
+    fn value(&self, j: usize) -> &'a rows::Head {
         self.part(j, 2)
     }
 

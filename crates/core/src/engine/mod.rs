@@ -3,7 +3,7 @@
 //! [`plan`] finds out what has to be computed, [`memory`] what may be kept, and [`run`] computes it, as one operation of
 //! candle's graph.
 
-mod attend;
+pub(crate) mod attend;
 pub(crate) mod buffers;
 pub(crate) mod memory;
 pub(crate) mod plan;

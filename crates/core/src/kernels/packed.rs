@@ -339,7 +339,7 @@ unsafe fn walk<L: Lanes, T: Element, const TALLEST: usize>(
                         pitch: job.pitch,
                         columns,
                     };
-                    part.add_any::<L, TALLEST>(height);
+                    part.add::<L, TALLEST>(height);
                 }
                 row += height;
             }
@@ -360,43 +360,53 @@ struct Tile<T> {
 }
 
 impl<T: Element> Tile<T> {
-    /// [`Tile::add`] for a height known only now.
+    /// Adds the product of `height` rows, at most `TALLEST`, and the panel.
     #[inline(always)]
-    unsafe fn add_any<L: Lanes, const TALLEST: usize>(self, height: usize) {
-        macro_rules! heights {
-            ($($n:literal)*) => {
-                match height {
-                    // The comparison is known to the compiler: heights that never come are not generated.
-                    $($n if $n <= TALLEST => unsafe { self.add::<L, $n>() },)*
-                    _ => unreachable!("a tile of {height} rows"),
+    unsafe fn add<L: Lanes, const TALLEST: usize>(self, height: usize) {
+        /// Straight-line code, so that the sums stay in registers at any level of optimisation.
+        macro_rules! rows {
+            ($($sum:ident $row:literal)*) => {{
+                $(let mut $sum = L::zero();)*
+                for step in 0..self.depth {
+                    let b = T::load::<L>(self.panel.add(step * LANES));
+                    $($sum = $sum.plus_product(*self.a.add($row * self.a_pitch + step), b);)*
                 }
-            };
+                $(self.store($row, $sum);)*
+            }};
         }
-        // SAFETY: handed on.
-        heights!(1 2 3 4 5 6 7 8 9 10 11 12)
+        // SAFETY: the caller answers for the pointers and the instruction set.
+        unsafe {
+            // The conditions are known to the compiler: heights that never come are not generated.
+            match height {
+                1 if TALLEST >= 1 => rows!(a 0),
+                2 if TALLEST >= 2 => rows!(a 0 b 1),
+                3 if TALLEST >= 3 => rows!(a 0 b 1 c 2),
+                4 if TALLEST >= 4 => rows!(a 0 b 1 c 2 d 3),
+                5 if TALLEST >= 5 => rows!(a 0 b 1 c 2 d 3 e 4),
+                6 if TALLEST >= 6 => rows!(a 0 b 1 c 2 d 3 e 4 f 5),
+                7 if TALLEST >= 7 => rows!(a 0 b 1 c 2 d 3 e 4 f 5 g 6),
+                8 if TALLEST >= 8 => rows!(a 0 b 1 c 2 d 3 e 4 f 5 g 6 h 7),
+                9 if TALLEST >= 9 => rows!(a 0 b 1 c 2 d 3 e 4 f 5 g 6 h 7 i 8),
+                10 if TALLEST >= 10 => rows!(a 0 b 1 c 2 d 3 e 4 f 5 g 6 h 7 i 8 j 9),
+                11 if TALLEST >= 11 => rows!(a 0 b 1 c 2 d 3 e 4 f 5 g 6 h 7 i 8 j 9 k 10),
+                12 if TALLEST >= 12 => rows!(a 0 b 1 c 2 d 3 e 4 f 5 g 6 h 7 i 8 j 9 k 10 l 11),
+                _ => unreachable!("a tile of {height} rows"),
+            }
+        }
     }
 
     #[inline(always)]
-    unsafe fn add<L: Lanes, const HEIGHT: usize>(self) {
+    unsafe fn store<L: Lanes>(&self, row: usize, sum: L) {
         // SAFETY: the caller answers for the pointers and the instruction set.
         unsafe {
-            let mut sums = [L::zero(); HEIGHT];
-            for step in 0..self.depth {
-                let b = T::load::<L>(self.panel.add(step * LANES));
-                for (row, sum) in sums.iter_mut().enumerate() {
-                    *sum = sum.plus_product(*self.a.add(row * self.a_pitch + step), b);
-                }
-            }
-            for (row, sum) in sums.into_iter().enumerate() {
-                let to = self.out.add(row * self.pitch);
-                if self.columns == LANES {
-                    L::load(to).plus(sum).store(to);
-                } else {
-                    let mut part = [0.0f32; LANES];
-                    sum.store(part.as_mut_ptr());
-                    for (column, x) in part.into_iter().take(self.columns).enumerate() {
-                        *to.add(column) += x;
-                    }
+            let to = self.out.add(row * self.pitch);
+            if self.columns == LANES {
+                L::load(to).plus(sum).store(to);
+            } else {
+                let mut part = [0.0f32; LANES];
+                sum.store(part.as_mut_ptr());
+                for (column, x) in part.into_iter().take(self.columns).enumerate() {
+                    *to.add(column) += x;
                 }
             }
         }

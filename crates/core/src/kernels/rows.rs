@@ -42,17 +42,16 @@ fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     total(sums)
 }
 
+/// A head's part of a row: a length that the compiler knows.
+pub(crate) type Head = [f32; crate::HEAD_WIDTH];
+
 /// The scalar product.
 #[inline(always)]
-pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn dot(a: &Head, b: &Head) -> f32 {
     let mut sums = [0.0f32; LANES];
-    let (a, b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    for (sum, (a, b)) in sums.iter_mut().zip(a.remainder().iter().zip(b.remainder())) {
-        *sum = a * b;
-    }
-    for (a, b) in a.zip(b) {
-        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
-            *sum += a * b;
+    for i in (0..a.len()).step_by(LANES) {
+        for (lane, sum) in sums.iter_mut().enumerate() {
+            *sum += a[i + lane] * b[i + lane];
         }
     }
     total(sums)
@@ -60,7 +59,7 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 /// `y += a·x`.
 #[inline(always)]
-pub(crate) fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
+pub(crate) fn axpy(a: f32, x: &Head, y: &mut Head) {
     for (y, x) in y.iter_mut().zip(x) {
         *y += a * x;
     }
@@ -69,7 +68,7 @@ pub(crate) fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
 pub(crate) fn add_into(sum: &mut [f32], part: &[f32]) {
     vectorised(
         #[inline(always)]
-        || axpy(1.0, part, sum),
+        || sum.iter_mut().zip(part).for_each(|(sum, x)| *sum += x),
     );
 }
 
@@ -179,35 +178,41 @@ const QUICK: f32 = 1.702;
 
 /// The MLP's nonlinearity, element by element.
 pub(crate) fn activate(kind: Activation, x: &[f32], out: &mut [f32]) {
-    let pairs = out.iter_mut().zip(x);
     match kind {
         Activation::QuickGelu => vectorised(
             #[inline(always)]
-            || pairs.for_each(|(out, x)| *out = x * sigmoid(QUICK * x)),
+            || {
+                for (out, x) in out.iter_mut().zip(x) {
+                    *out = x * sigmoid(QUICK * x);
+                }
+            },
         ),
-        Activation::Gelu => pairs.for_each(|(out, x)| {
-            *out = 0.5 * x * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2));
-        }),
+        Activation::Gelu => {
+            for (out, x) in out.iter_mut().zip(x) {
+                *out = 0.5 * x * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2));
+            }
+        }
     }
 }
 
 /// The gradient of [`activate`] at `x`, in place of that of its output.
 pub(crate) fn activate_backward(kind: Activation, x: &[f32], d: &mut [f32]) {
-    let pairs = d.iter_mut().zip(x);
     match kind {
         Activation::QuickGelu => vectorised(
             #[inline(always)]
             || {
-                pairs.for_each(|(d, x)| {
+                for (d, x) in d.iter_mut().zip(x) {
                     let s = sigmoid(QUICK * x);
                     *d *= s * (1.0 + QUICK * x * (1.0 - s));
-                });
+                }
             },
         ),
-        Activation::Gelu => pairs.for_each(|(d, x)| {
-            let density = (-0.5 * x * x).exp() / (2.0 * std::f32::consts::PI).sqrt();
-            *d *= 0.5 * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2)) + x * density;
-        }),
+        Activation::Gelu => {
+            for (d, x) in d.iter_mut().zip(x) {
+                let density = (-0.5 * x * x).exp() / (2.0 * std::f32::consts::PI).sqrt();
+                *d *= 0.5 * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2)) + x * density;
+            }
+        }
     }
 }
 
