@@ -91,7 +91,9 @@ pub enum Error {
     },
     /// A forward and backward pass takes more memory than it may.
     #[error(
-        "the memory budget of {budget} bytes is too small: even in two passes, one chunk of prompts at a time, these prompts take {needed} bytes; raise the budget or encode fewer prompts"
+        "a memory budget of {} MB is too small: even computed twice, a chunk at a time, these prompts take {} MB; raise the budget or give fewer classes",
+        budget / 1_000_000,
+        needed.div_ceil(1_000_000)
     )]
     Memory {
         /// Bytes that the leanest way takes.
