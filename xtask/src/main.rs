@@ -1,5 +1,6 @@
-//! The project's own commands: `cargo xtask parity`, `pretrain`, `probe`, `reproduce`.
+//! The project's own commands: `cargo xtask bench`, `parity`, `pretrain`, `probe`, `reproduce`.
 
+mod bench;
 mod parity;
 mod pretrain;
 mod probe;
@@ -13,6 +14,8 @@ use clap::Parser;
 #[derive(Parser)]
 #[command(name = "cargo xtask")]
 enum Command {
+    /// Compares steps with PyTorch and plain candle: time, memory, equal results.
+    Bench(bench::Args),
     /// Runs the parity cases: our numbers against those of the authors' code.
     Parity(parity::Args),
     /// Trains the built-in CLIP on the procedural picture world.
@@ -26,6 +29,7 @@ enum Command {
 fn main() -> ExitCode {
     cliptune_core::one_candle_thread();
     let outcome = match Command::parse() {
+        Command::Bench(args) => bench::main(&args),
         Command::Parity(args) => parity::main(&args),
         Command::Pretrain(args) => pretrain::main(&args).map(|()| ExitCode::SUCCESS),
         Command::Probe(args) => probe::main(&args).map(|()| ExitCode::SUCCESS),

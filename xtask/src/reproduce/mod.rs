@@ -37,7 +37,7 @@ use self::worker::Job;
 use crate::out;
 
 /// The repository: the folder above this package.
-fn root() -> &'static Path {
+pub(crate) fn root() -> &'static Path {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     package.parent().unwrap_or(package)
 }
@@ -322,7 +322,7 @@ fn make(
 }
 
 /// The commit that is checked out; none outside of a repository or without git.
-fn revision() -> Option<Revision> {
+pub(crate) fn revision() -> Option<Revision> {
     let git = |arguments: &[&str]| {
         let output = Command::new("git")
             .arg("-C")

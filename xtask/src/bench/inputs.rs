@@ -1,0 +1,171 @@
+//! The files that all contenders read: weights of a published size with random values, and a row's inputs.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Tensor};
+use cliptune_core::checkpoint::{self, Layout};
+use cliptune_core::prompt::placeholder;
+use cliptune_core::rng::Rng;
+use cliptune_core::tokenizer::Tokenizer;
+use cliptune_core::{Arch, files};
+use cliptune_text_pt::templates::Ensemble;
+
+use super::names::names;
+use super::rows::{Row, Task};
+
+/// Tensors by name.
+pub(super) type Named = BTreeMap<String, Tensor>;
+
+/// Part of the files' names: another number for other contents.
+const EDITION: u32 = 1;
+
+/// The weights file of a row, written if it is not there.
+pub(super) fn weights(folder: &Path, row: &Row, tiny: bool) -> Result<PathBuf> {
+    let name = file_name("weights", row.sizes.slug(), tiny);
+    let path = folder.join(name);
+    if !path.exists() {
+        let mut checkpoint = checkpoint::random(&row.sizes.arch(tiny), 1)?;
+        for (name, tensor) in &mut checkpoint.tensors {
+            *tensor = varied(name, tensor)?;
+        }
+        // As published weights are: every contender computes in f32 with the same numbers.
+        checkpoint.save(Layout::Safetensors, Some(DType::F16), &path)?;
+    }
+    Ok(path)
+}
+
+/// The inputs file of a row, written if it is not there.
+pub(super) fn inputs(folder: &Path, row: &Row, tiny: bool) -> Result<PathBuf> {
+    let path = folder.join(file_name("inputs", row.name, tiny));
+    if !path.exists() {
+        write(&path, &tensors(&row.task, &row.sizes.arch(tiny))?)?;
+    }
+    Ok(path)
+}
+
+fn file_name(what: &str, slug: &str, tiny: bool) -> String {
+    let tiny = if tiny { "-tiny" } else { "" };
+    format!("{what}-{slug}{tiny}-{EDITION}.safetensors")
+}
+
+/// Writes tensors as safetensors.
+pub(super) fn write(path: &Path, tensors: &Named) -> Result<()> {
+    let bytes = safetensors::serialize(tensors, None)?;
+    Ok(files::write_atomically(path, |file| {
+        file.write_all(&bytes)
+    })?)
+}
+
+/// Reads what [`write`] wrote.
+pub(super) fn read(path: &Path) -> Result<Named> {
+    let tensors = candle_core::safetensors::load(path, &Device::Cpu)
+        .with_context(|| path.display().to_string())?;
+    Ok(tensors.into_iter().collect())
+}
+
+/// Initial weights with what training changes: norms and biases that are not one and zero, so that leaving one out shows.
+fn varied(name: &str, tensor: &Tensor) -> Result<Tensor> {
+    if tensor.rank() != 1 || name == "visual.class_embedding" {
+        return Ok(tensor.clone());
+    }
+    let n = tensor.elem_count();
+    let noise = Rng::stream(2, name, &[]).normal(n);
+    let value = |z: f64| match name {
+        // The last norm of a residual branch: near zero, or sixteen branches in a row add up to large numbers.
+        _ if name.ends_with("bn3.weight") => 0.2 + 0.02 * z,
+        _ if name.ends_with("running_var") => 1.0 + 0.1 * z.abs(),
+        _ if name.ends_with("bias") || name.ends_with("running_mean") => 0.02 * z,
+        _ => 1.0 + 0.05 * z,
+    };
+    let values: Vec<f32> = noise.into_iter().map(|z| value(z) as f32).collect();
+    Ok(Tensor::from_vec(values, n, &Device::Cpu)?)
+}
+
+fn tensors(task: &Task, arch: &Arch) -> Result<Named> {
+    let (width, dim) = (arch.text_width, arch.embed_dim);
+    let normal = |name: &str, shape: &[usize], std: f64| -> Result<(String, Tensor)> {
+        let values = Rng::stream(1, name, &[]).normal(shape.iter().product());
+        let values: Vec<f32> = values.into_iter().map(|x| (x * std) as f32).collect();
+        Ok((
+            name.to_owned(),
+            Tensor::from_vec(values, shape, &Device::Cpu)?,
+        ))
+    };
+    let labels = |batch: usize, classes: usize| -> Result<(String, Tensor)> {
+        let labels: Vec<i64> = (0..batch).map(|i| (i * 37 % classes) as i64).collect();
+        Ok(("labels".to_owned(), Tensor::new(labels, &Device::Cpu)?))
+    };
+    let entries = match *task {
+        Task::Coop {
+            classes,
+            n_ctx,
+            batch,
+            ..
+        } => vec![
+            tokens(&learned_prompts(classes, n_ctx), arch.context_length)?,
+            normal("ctx", &[n_ctx, width], 0.02)?,
+            normal("image_features", &[batch, dim], 1.0)?,
+            labels(batch, classes)?,
+        ],
+        Task::Cocoop {
+            classes,
+            n_ctx,
+            batch,
+        } => {
+            let hidden = dim / 16;
+            // The authors' initial values: uniform within fan_in^-1/2, so of this standard deviation.
+            let std = |fan_in: usize| (3.0 * fan_in as f64).powf(-0.5);
+            vec![
+                tokens(&learned_prompts(classes, n_ctx), arch.context_length)?,
+                normal("ctx", &[n_ctx, width], 0.02)?,
+                normal("meta_net.linear1.weight", &[hidden, dim], std(dim))?,
+                normal("meta_net.linear1.bias", &[hidden], std(dim))?,
+                normal("meta_net.linear2.weight", &[width, hidden], std(hidden))?,
+                normal("meta_net.linear2.bias", &[width], std(hidden))?,
+                normal("image_features", &[batch, dim], 1.0)?,
+                labels(batch, classes)?,
+            ]
+        }
+        Task::ZeroShot {
+            templates,
+            names: n,
+            ..
+        } => {
+            let all = Ensemble::Imagenet80.templates();
+            let chosen = || all.iter().step_by(all.len() / templates);
+            let prompts: Vec<String> = names(n)
+                .iter()
+                .flat_map(|name| chosen().map(|template| template.replace("{}", name)))
+                .collect();
+            vec![tokens(&prompts, arch.context_length)?]
+        }
+        Task::Image { batch } => {
+            let side = arch.image_resolution;
+            vec![normal("pixels", &[batch, 3, side, side], 1.0)?]
+        }
+    };
+    Ok(entries.into_iter().collect())
+}
+
+/// Sentences whose first `n_ctx` words stand for the context.
+fn learned_prompts(classes: usize, n_ctx: usize) -> Vec<String> {
+    let words = placeholder(n_ctx);
+    names(classes)
+        .iter()
+        .map(|name| format!("{words} {name}."))
+        .collect()
+}
+
+/// `(prompts, context_length)`, padded with zeros as the authors' tokenizer pads.
+fn tokens(prompts: &[String], context_length: usize) -> Result<(String, Tensor)> {
+    let mut all: Vec<i64> = Vec::new();
+    for prompt in prompts {
+        let mut ids = Tokenizer::get().tokenize(prompt, context_length)?;
+        ids.resize(context_length, 0);
+        all.extend(ids.into_iter().map(i64::from));
+    }
+    let tensor = Tensor::from_vec(all, (prompts.len(), context_length), &Device::Cpu)?;
+    Ok(("tokens".to_owned(), tensor))
+}

@@ -1,0 +1,251 @@
+//! This workspace's side of each row, through its public interface.
+
+use anyhow::Result;
+use candle_core::{IndexOp, Tensor};
+use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, Piece, Prompts, placeholder};
+use cliptune_core::tokenizer::END;
+use cliptune_core::train::Objective;
+use cliptune_core::{Classes, Clip, Gradients, Params, ops};
+use cliptune_text_pt::{CoOp, CoOpConfig};
+use serde_json::json;
+
+use super::inputs::{self, Named};
+use super::names::names;
+use super::rows::Task;
+use super::worker::{Job, Work};
+
+/// Whether the engine takes a memory budget.
+pub(super) const TAKES_BUDGET: bool = false;
+
+/// Bounds what a step may add to the process.
+fn set_budget(_clip: &mut Clip, _bytes: Option<u64>) {}
+
+/// What a forward and backward pass of the prompts will add to the process, in bytes.
+fn forecast(_clip: &Clip, _prompts: &Prompts) -> Result<Option<u64>> {
+    Ok(None)
+}
+
+pub(super) fn work(job: &Job, budget: Option<u64>) -> Result<Box<dyn Work>> {
+    let mut clip = Clip::load(&job.weights)?;
+    set_budget(&mut clip, budget);
+    let inputs = inputs::read(&job.inputs)?;
+    Ok(match job.task {
+        Task::Coop { classes, n_ctx, .. } => Box::new(Coop::new(clip, &inputs, classes, n_ctx)?),
+        Task::Cocoop { .. } => Box::new(Cocoop::new(clip, &inputs)?),
+        Task::ZeroShot { templates, .. } => Box::new(ZeroShot {
+            prompts: Prompts::of_tokens(tokens(&inputs)?),
+            clip,
+            templates,
+        }),
+        Task::Image { .. } => Box::new(Image {
+            clip,
+            pixels: inputs["pixels"].clone(),
+        }),
+    })
+}
+
+/// Token ids up to the end token.
+fn tokens(inputs: &Named) -> Result<Vec<Vec<u32>>> {
+    let mut all = inputs["tokens"]
+        .to_dtype(candle_core::DType::U32)?
+        .to_vec2::<u32>()?;
+    for ids in &mut all {
+        let end = ids.iter().position(|&id| id == END);
+        ids.truncate(end.map_or(ids.len(), |end| end + 1));
+    }
+    Ok(all)
+}
+
+pub(super) fn labels(inputs: &Named) -> Result<Vec<u32>> {
+    Ok(inputs["labels"]
+        .to_dtype(candle_core::DType::U32)?
+        .to_vec1()?)
+}
+
+/// Results with the gradients of everything learned.
+fn with_gradients(results: &[(&str, &Tensor)], loss: &Tensor, params: &Params) -> Result<Named> {
+    let mut named: Named = results
+        .iter()
+        .map(|(name, tensor)| ((*name).to_owned(), tensor.detach()))
+        .collect();
+    for (name, gradient) in Gradients::of(loss, params)?.iter() {
+        if let Some(gradient) = gradient {
+            named.insert(format!("grad.{name}"), gradient.clone());
+        }
+    }
+    Ok(named)
+}
+
+struct Coop {
+    clip: Clip,
+    coop: CoOp,
+    classes: ClassTokens,
+    image_features: Tensor,
+    labels: Vec<u32>,
+    n_ctx: usize,
+}
+
+impl Coop {
+    fn new(clip: Clip, inputs: &Named, classes: usize, n_ctx: usize) -> Result<Self> {
+        let classes = Classes::new(names(classes))?;
+        let config = CoOpConfig::read(&json!({ "n_ctx": n_ctx }))?;
+        let ctx = [("ctx".to_owned(), inputs["ctx"].clone())].into();
+        Ok(Self {
+            coop: CoOp::with_tensors(&config, &clip, &classes, 0, &ctx)?,
+            classes: ClassTokens::new(clip.text(), &classes)?,
+            clip,
+            image_features: inputs["image_features"].clone(),
+            labels: labels(inputs)?,
+            n_ctx,
+        })
+    }
+}
+
+impl Work for Coop {
+    fn step(&mut self, _: usize) -> Result<Named> {
+        let features = self.coop.text_features(&self.clip, &self.classes)?;
+        let logits = self.clip.cosine_logits(&self.image_features, &features)?;
+        let loss = ops::cross_entropy(&logits, &self.labels)?;
+        let results = [("features", &features), ("logits", &logits)];
+        with_gradients(&results, &loss, self.coop.params())
+    }
+
+    fn forecast(&self) -> Result<Option<u64>> {
+        let Some(ctx) = self.coop.params().get("ctx") else {
+            return Ok(None);
+        };
+        let words = placeholder(self.n_ctx);
+        let prompts = self
+            .classes
+            .weave(ctx.tensor(), &words, ClassTokenPosition::End)?;
+        forecast(&self.clip, &prompts)
+    }
+}
+
+struct Cocoop {
+    clip: Clip,
+    params: Params,
+    tokens: Vec<Vec<u32>>,
+    image_features: Tensor,
+    labels: Vec<u32>,
+}
+
+impl Cocoop {
+    const LEARNED: [&str; 5] = [
+        "ctx",
+        "meta_net.linear1.weight",
+        "meta_net.linear1.bias",
+        "meta_net.linear2.weight",
+        "meta_net.linear2.bias",
+    ];
+
+    fn new(clip: Clip, inputs: &Named) -> Result<Self> {
+        let mut params = Params::new(0);
+        for name in Self::LEARNED {
+            params.copied(name, &inputs[name])?;
+        }
+        Ok(Self {
+            clip,
+            params,
+            tokens: tokens(inputs)?,
+            image_features: ops::unit_length(&inputs["image_features"], "an image feature")?,
+            labels: labels(inputs)?,
+        })
+    }
+
+    /// One context an image, `(batch, n_ctx, width)`, around every class name.
+    fn prompts(&self) -> Result<Prompts> {
+        let [ctx, w1, b1, w2, b2] = Self::LEARNED.map(|name| {
+            let param = self.params.get(name);
+            param
+                .map(|param| param.tensor().clone())
+                .ok_or_else(|| cliptune_core::Error::Data(format!("the inputs hold no `{name}`")))
+        });
+        let ctx = ctx?;
+        let hidden = self
+            .image_features
+            .matmul(&w1?.t()?)?
+            .broadcast_add(&b1?)?
+            .relu()?;
+        let shift = hidden.matmul(&w2?.t()?)?.broadcast_add(&b2?)?;
+        let shifted = ctx.unsqueeze(0)?.broadcast_add(&shift.unsqueeze(1)?)?;
+        let n_ctx = ctx.dim(0)?;
+        let mut prompts = Prompts::new();
+        let source = prompts.learn(&shifted);
+        for context in 0..shifted.dim(0)? {
+            for ids in &self.tokens {
+                prompts.push(vec![
+                    Piece::Words(ids[..1].to_vec()),
+                    Piece::Learned {
+                        source,
+                        context,
+                        rows: 0..n_ctx,
+                    },
+                    Piece::Words(ids[1 + n_ctx..].to_vec()),
+                ]);
+            }
+        }
+        Ok(prompts)
+    }
+}
+
+impl Work for Cocoop {
+    fn step(&mut self, _: usize) -> Result<Named> {
+        let features = self.clip.text().encode(&self.prompts()?)?;
+        let (batch, dim) = self.image_features.dims2()?;
+        let text = ops::unit_length(&features, "a text feature")?;
+        let text = text.reshape((batch, self.tokens.len(), dim))?;
+        // Each image has text features of its own.
+        let logits = (0..batch).map(|image| -> Result<Tensor> {
+            let scaled = (self.image_features.i(image..=image)? * self.clip.scale())?;
+            Ok(scaled.matmul(&text.i(image)?.t()?)?)
+        });
+        let logits = Tensor::cat(&logits.collect::<Result<Vec<_>>>()?, 0)?;
+        let loss = ops::cross_entropy(&logits, &self.labels)?;
+        let results = [("features", &features), ("logits", &logits)];
+        with_gradients(&results, &loss, &self.params)
+    }
+
+    fn forecast(&self) -> Result<Option<u64>> {
+        forecast(&self.clip, &self.prompts()?)
+    }
+}
+
+struct ZeroShot {
+    clip: Clip,
+    prompts: Prompts,
+    templates: usize,
+}
+
+impl Work for ZeroShot {
+    fn step(&mut self, _: usize) -> Result<Named> {
+        let features = self.clip.text().encode(&self.prompts)?;
+        let (prompts, dim) = features.dims2()?;
+        let unit = ops::unit_length(&features, "a text feature")?;
+        let mean = unit
+            .reshape((prompts / self.templates, self.templates, dim))?
+            .mean(1)?;
+        let weights = ops::unit_length(&mean, "a mean text feature")?;
+        Ok([
+            ("features".to_owned(), features),
+            ("weights".to_owned(), weights),
+        ]
+        .into())
+    }
+
+    fn forecast(&self) -> Result<Option<u64>> {
+        forecast(&self.clip, &self.prompts)
+    }
+}
+
+struct Image {
+    clip: Clip,
+    pixels: Tensor,
+}
+
+impl Work for Image {
+    fn step(&mut self, _: usize) -> Result<Named> {
+        let features = self.clip.image().encode(&self.pixels)?;
+        Ok([("features".to_owned(), features)].into())
+    }
+}

@@ -1,0 +1,385 @@
+"""PyTorch's side of `cargo xtask bench`: CLIP and the steps as the methods' authors write them.
+
+Reads a job from standard input, loads, and then answers each request with the seconds that it took; `worker.rs` has the
+protocol. The contender `fair` differs from `authors` in one point: prompts are cut to the longest of their batch.
+"""
+
+import ctypes
+import json
+import mmap
+import platform
+import sys
+import time
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "I64": torch.int64}
+
+
+def read(path):
+    """The tensors of a safetensors file, floating point in f32."""
+    with open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = 8 + int.from_bytes(data[:8], "little")
+    tensors = {}
+    for name, entry in json.loads(data[8:start]).items():
+        if name == "__metadata__":
+            continue
+        dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
+        count = (end - begin) // torch.empty(0, dtype=dtype).element_size()
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin)
+        tensor = flat.reshape(entry["shape"]).clone()
+        tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return tensors
+
+
+def write(path, tensors):
+    """Writes f32 tensors as a safetensors file."""
+    header, chunks, offset = {}, [], 0
+    for name, tensor in sorted(tensors.items()):
+        tensor = tensor.detach().float().contiguous()
+        chunk = ctypes.string_at(tensor.data_ptr(), 4 * tensor.numel())
+        end = offset + len(chunk)
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        chunks.append(chunk)
+        offset = end
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header + b"".join(chunks))
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, width // 64)
+        self.ln_1 = nn.LayerNorm(width)
+        self.ln_2 = nn.LayerNorm(width)
+        layers = [
+            ("c_fc", nn.Linear(width, 4 * width)),
+            ("gelu", QuickGELU()),
+            ("c_proj", nn.Linear(4 * width, width)),
+        ]
+        self.mlp = nn.Sequential(OrderedDict(layers))
+
+    def forward(self, x, mask):
+        normed = self.ln_1(x)
+        x = x + self.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width, layers):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width) for _ in range(layers))
+
+    def forward(self, x, mask=None):
+        """(batch, tokens, width), run with the batch second as the published code does."""
+        x = x.permute(1, 0, 2)
+        for block in self.resblocks:
+            x = block(x, mask)
+        return x.permute(1, 0, 2)
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        width, _, _, patch = weights["visual.conv1.weight"].shape
+        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(weights["visual.class_embedding"])
+        self.positional_embedding = nn.Parameter(weights["visual.positional_embedding"])
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, blocks(weights, "visual.transformer."))
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(weights["visual.proj"])
+
+    def forward(self, x):
+        x = self.conv1(x).flatten(2).permute(0, 2, 1)
+        first = self.class_embedding.expand(x.shape[0], 1, -1)
+        x = self.ln_pre(torch.cat([first, x], dim=1) + self.positional_embedding)
+        return self.ln_post(self.transformer(x)[:, 0]) @ self.proj
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, channels, planes, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride > 1 or channels != 4 * planes:
+            layers = [
+                ("-1", nn.AvgPool2d(stride)),
+                ("0", nn.Conv2d(channels, 4 * planes, 1, bias=False)),
+                ("1", nn.BatchNorm2d(4 * planes)),
+            ]
+            self.downsample = nn.Sequential(OrderedDict(layers))
+
+    def forward(self, x):
+        skipped = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.avgpool(self.relu(self.bn2(self.conv2(out))))
+        return self.relu(self.bn3(self.conv3(out)) + skipped)
+
+
+class AttentionPool(nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        positions = weights["visual.attnpool.positional_embedding"]
+        width, out = positions.shape[1], weights["visual.attnpool.c_proj.weight"].shape[0]
+        self.positional_embedding = nn.Parameter(positions)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, out)
+
+    def forward(self, x):
+        x = x.flatten(2).permute(2, 0, 1)
+        x = torch.cat([x.mean(dim=0, keepdim=True), x]) + self.positional_embedding[:, None]
+        pooled, _ = F.multi_head_attention_forward(
+            query=x[:1],
+            key=x,
+            value=x,
+            embed_dim_to_check=x.shape[-1],
+            num_heads=x.shape[-1] // 64,
+            in_proj_weight=None,
+            in_proj_bias=torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias]),
+            bias_k=None,
+            bias_v=None,
+            add_zero_attn=False,
+            dropout_p=0,
+            out_proj_weight=self.c_proj.weight,
+            out_proj_bias=self.c_proj.bias,
+            training=self.training,
+            need_weights=False,
+            use_separate_proj_weight=True,
+            q_proj_weight=self.q_proj.weight,
+            k_proj_weight=self.k_proj.weight,
+            v_proj_weight=self.v_proj.weight,
+        )
+        return pooled[0]
+
+
+class ModifiedResNet(nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        width = weights["visual.layer1.0.conv1.weight"].shape[0]
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.avgpool = nn.AvgPool2d(2)
+        channels = width
+        for stage in range(1, 5):
+            names = {name.split(".")[2] for name in weights if name.startswith(f"visual.layer{stage}.")}
+            planes, layers = width * 2 ** (stage - 1), []
+            for i in range(len(names)):
+                layers.append(Bottleneck(channels, planes, 2 if stage > 1 and i == 0 else 1))
+                channels = 4 * planes
+            setattr(self, f"layer{stage}", nn.Sequential(*layers))
+        self.attnpool = AttentionPool(weights)
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        x = self.avgpool(self.relu(self.bn3(self.conv3(x))))
+        return self.attnpool(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
+
+
+def blocks(weights, prefix):
+    """Number of transformer blocks below `prefix`."""
+    return sum(name.startswith(prefix) and name.endswith(".ln_1.weight") for name in weights)
+
+
+class Clip(nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        vision = VisionTransformer if "visual.proj" in weights else ModifiedResNet
+        self.visual = vision(weights)
+        width = weights["ln_final.weight"].shape[0]
+        self.transformer = Transformer(width, blocks(weights, "transformer."))
+        self.token_embedding = nn.Embedding(*weights["token_embedding.weight"].shape)
+        self.positional_embedding = nn.Parameter(weights["positional_embedding"])
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(weights["text_projection"])
+        self.logit_scale = nn.Parameter(weights["logit_scale"])
+        counters = {name for name in self.state_dict() if name.endswith("num_batches_tracked")}
+        missing, unexpected = self.load_state_dict(weights, strict=False)
+        if set(missing) != counters or unexpected:
+            raise SystemExit(f"weights: missing {missing}, unexpected {unexpected}")
+        length = self.positional_embedding.shape[0]
+        mask = torch.full((length, length), float("-inf")).triu(1)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def encode_embedded(self, embedded, tokens):
+        """(prompts, tokens, width) of input embeddings -> (prompts, dim)."""
+        length = embedded.shape[1]
+        x = embedded + self.positional_embedding[:length]
+        x = self.ln_final(self.transformer(x, self.mask[:length, :length]))
+        return x[torch.arange(x.shape[0]), tokens.argmax(dim=-1)] @ self.text_projection
+
+
+def unit(x):
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+class Work:
+    """A row: `step` is timed, `check` gives what is compared."""
+
+    def __init__(self, job, clip, inputs):
+        self.clip = clip
+        self.cut = job["contender"] == "fair"
+        self.task = job["task"]
+        self.inputs = inputs
+
+    def shorten(self, tokens):
+        """The fair contender's tokens end with the last end token of the batch."""
+        return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1] if self.cut else tokens
+
+    def features(self, ctx, tokens):
+        """Features of prompts with `ctx` (n_ctx, width) behind the start token."""
+        tokens, n_ctx = self.shorten(tokens), ctx.shape[0]
+        with torch.no_grad():
+            embedded = self.clip.token_embedding(tokens)
+        prefix, suffix = embedded[:, :1], embedded[:, 1 + n_ctx :]
+        ctx = ctx.unsqueeze(0).expand(tokens.shape[0], -1, -1)
+        return self.clip.encode_embedded(torch.cat([prefix, ctx, suffix], dim=1), tokens)
+
+    def check(self):
+        return self.step(0)
+
+
+class Coop(Work):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.ctx = nn.Parameter(self.inputs["ctx"])
+        self.graphs = self.inputs["tokens"].split(self.task["graph"])
+
+    def loss(self, features, labels):
+        images = unit(self.inputs["image_features"])
+        logits = self.clip.logit_scale.exp() * images @ unit(features).t()
+        return logits, F.cross_entropy(logits, labels)
+
+    def step(self, i):
+        """One graph with its own classes only; the whole step where there is one graph."""
+        self.ctx.grad = None
+        tokens = self.graphs[i % len(self.graphs)]
+        features = self.features(self.ctx, tokens)
+        logits, loss = self.loss(features, self.inputs["labels"] % tokens.shape[0])
+        loss.backward()
+        return {"features": features, "logits": logits, "grad.ctx": self.ctx.grad}
+
+    def check(self):
+        if len(self.graphs) == 1:
+            return self.step(0)
+        # All features without a graph, the loss and its gradient by the features, then one graph at a time.
+        self.ctx.grad = None
+        with torch.no_grad():
+            features = torch.cat([self.features(self.ctx, tokens) for tokens in self.graphs])
+        features.requires_grad_(True)
+        logits, loss = self.loss(features, self.inputs["labels"])
+        loss.backward()
+        for tokens, gradient in zip(self.graphs, features.grad.split(self.task["graph"])):
+            self.features(self.ctx, tokens).backward(gradient)
+        return {"features": features, "logits": logits, "grad.ctx": self.ctx.grad}
+
+
+class Cocoop(Work):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.ctx = nn.Parameter(self.inputs["ctx"])
+        hidden, dim = self.inputs["meta_net.linear1.weight"].shape
+        layers = [
+            ("linear1", nn.Linear(dim, hidden)),
+            ("relu", nn.ReLU(inplace=True)),
+            ("linear2", nn.Linear(hidden, self.ctx.shape[1])),
+        ]
+        self.meta_net = nn.Sequential(OrderedDict(layers))
+        prefix = "meta_net."
+        self.meta_net.load_state_dict(
+            {name[len(prefix) :]: x for name, x in self.inputs.items() if name.startswith(prefix)}
+        )
+
+    def step(self, _):
+        self.ctx.grad = None
+        self.meta_net.zero_grad()
+        images = unit(self.inputs["image_features"])
+        shifted = self.ctx.unsqueeze(0) + self.meta_net(images).unsqueeze(1)
+        scale, features, logits = self.clip.logit_scale.exp(), [], []
+        for ctx, image in zip(shifted, images):
+            text = self.features(ctx, self.inputs["tokens"])
+            logits.append(scale * image @ unit(text).t())
+            features.append(text)
+        logits = torch.stack(logits)
+        F.cross_entropy(logits, self.inputs["labels"]).backward()
+        out = {"features": torch.cat(features), "logits": logits, "grad.ctx": self.ctx.grad}
+        for name, param in self.meta_net.named_parameters():
+            out[f"grad.meta_net.{name}"] = param.grad
+        return out
+
+
+class ZeroShot(Work):
+    @torch.no_grad()
+    def step(self, _):
+        features = []
+        for tokens in self.inputs["tokens"].split(self.task["batch"]):
+            tokens = self.shorten(tokens)
+            features.append(self.clip.encode_embedded(self.clip.token_embedding(tokens), tokens))
+        features = torch.cat(features)
+        each = unit(features).reshape(-1, self.task["templates"], features.shape[1])
+        return {"features": features, "weights": unit(each.mean(dim=1))}
+
+
+class Image(Work):
+    @torch.no_grad()
+    def step(self, _):
+        return {"features": self.clip.visual(self.inputs["pixels"])}
+
+
+WORK = {"coop": Coop, "cocoop": Cocoop, "zero-shot": ZeroShot, "image": Image}
+
+
+def answer(reply):
+    print(json.dumps(reply), flush=True)
+
+
+def main():
+    job = json.loads(sys.stdin.readline())
+    torch.set_num_threads(job["threads"])
+    clip = Clip(read(job["weights"])).eval()
+    for param in clip.parameters():
+        param.requires_grad_(False)
+    work = WORK[job["task"]["kind"]](job, clip, read(job["inputs"]))
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    answer({"ready": {"versions": versions, "forecast": None}})
+    for line in sys.stdin:
+        [(request, argument)] = json.loads(line).items()
+        started = time.perf_counter()
+        if request == "check":
+            out = work.check()
+            seconds = time.perf_counter() - started
+            write(argument, out)
+        else:
+            work.step(argument)
+            seconds = time.perf_counter() - started
+        out = None
+        answer({"took": seconds})
+
+
+main()

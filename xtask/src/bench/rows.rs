@@ -1,0 +1,262 @@
+//! What is measured: the rows of the comparison and who takes part in each.
+
+use cliptune_core::{Activation, Arch, VisionArch};
+use serde::{Deserialize, Serialize};
+
+/// Memory that [`Contender::OursBudget`] may add to the process.
+pub(super) const BUDGET: u64 = 400_000_000;
+
+/// Who computes a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Contender {
+    /// PyTorch as the authors write it: prompts of 77 tokens, autograd through the whole tower.
+    Authors,
+    /// The same with prompts cut to the longest.
+    Fair,
+    /// candle without any of our kernels: 77 tokens, its own autograd.
+    Candle,
+    /// This workspace, everything saved for the backward pass.
+    Ours,
+    /// This workspace under a memory budget of [`BUDGET`].
+    OursBudget,
+}
+
+impl Contender {
+    /// In the order of the table, which is also the order of a round.
+    pub(super) const ALL: [Self; 5] = [
+        Self::Authors,
+        Self::Fair,
+        Self::Candle,
+        Self::Ours,
+        Self::OursBudget,
+    ];
+
+    pub(super) fn slug(self) -> &'static str {
+        match self {
+            Self::Authors => "authors",
+            Self::Fair => "fair",
+            Self::Candle => "candle",
+            Self::Ours => "ours",
+            Self::OursBudget => "ours-budget",
+        }
+    }
+
+    pub(super) fn title(self) -> &'static str {
+        match self {
+            Self::Authors => "PyTorch",
+            Self::Fair => "PyTorch, cut",
+            Self::Candle => "candle",
+            Self::Ours => "ours",
+            Self::OursBudget => "ours, 400 MB",
+        }
+    }
+
+    pub(super) fn is_torch(self) -> bool {
+        matches!(self, Self::Authors | Self::Fair)
+    }
+
+    pub(super) fn is_ours(self) -> bool {
+        matches!(self, Self::Ours | Self::OursBudget)
+    }
+}
+
+/// What one step of a row computes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub(super) enum Task {
+    /// CoOp: one context for all classes, cached image features. Forward, loss, gradient of the context.
+    Coop {
+        classes: usize,
+        /// Classes of one autograd graph, for those who do not fit all into one.
+        graph: usize,
+        n_ctx: usize,
+        batch: usize,
+    },
+    /// CoCoOp: the context is shifted for each image by a small network of its feature. Forward, loss, all gradients.
+    Cocoop {
+        classes: usize,
+        n_ctx: usize,
+        batch: usize,
+    },
+    /// Class features from templates, without gradient.
+    ZeroShot {
+        templates: usize,
+        names: usize,
+        /// Prompts that PyTorch and candle encode at a time.
+        batch: usize,
+    },
+    /// The image tower forward, without gradient.
+    Image { batch: usize },
+}
+
+/// Which published sizes the weights have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sizes {
+    VitB16,
+    Rn50,
+}
+
+impl Sizes {
+    pub(super) fn slug(self) -> &'static str {
+        match self {
+            Self::VitB16 => "vit-b16",
+            Self::Rn50 => "rn50",
+        }
+    }
+
+    /// The architecture, or for tests a tiny one of the same kind.
+    pub(super) fn arch(self, tiny: bool) -> Arch {
+        let vision = match (self, tiny) {
+            (Self::VitB16, false) => VisionArch::Vit {
+                layers: 12,
+                width: 768,
+                patch_size: 16,
+            },
+            (Self::VitB16, true) => VisionArch::Vit {
+                layers: 1,
+                width: 64,
+                patch_size: 16,
+            },
+            (Self::Rn50, false) => VisionArch::ResNet {
+                layers: [3, 4, 6, 3],
+                width: 64,
+            },
+            (Self::Rn50, true) => VisionArch::ResNet {
+                layers: [1, 2, 1, 1],
+                width: 4,
+            },
+        };
+        let embed_dim = match self {
+            Self::VitB16 => 512,
+            Self::Rn50 => 1024,
+        };
+        Arch {
+            embed_dim: if tiny { 32 } else { embed_dim },
+            image_resolution: if tiny { 64 } else { 224 },
+            vision,
+            context_length: 77,
+            vocab_size: 49_408,
+            text_width: if tiny { 64 } else { 512 },
+            text_layers: if tiny { 2 } else { 12 },
+            activation: Activation::QuickGelu,
+        }
+    }
+}
+
+/// A row of the comparison.
+#[derive(Clone, Debug)]
+pub(super) struct Row {
+    pub(super) name: &'static str,
+    pub(super) title: &'static str,
+    /// What a reader must know about who did what.
+    pub(super) note: &'static str,
+    pub(super) sizes: Sizes,
+    pub(super) task: Task,
+}
+
+impl Row {
+    /// All rows, in the order in which they are run.
+    pub(super) fn all() -> Vec<Self> {
+        let coop = |classes| Task::Coop {
+            classes,
+            graph: 100,
+            n_ctx: 16,
+            batch: 32,
+        };
+        vec![
+            Self {
+                name: "coop-100",
+                title: "CoOp step: 100 classes, 16 context tokens, batch 32, cached image features",
+                note: "Forward, loss and the context's gradient. \"Cut\" is PyTorch with the prompts cut to the longest of them.",
+                sizes: Sizes::VitB16,
+                task: coop(100),
+            },
+            Self {
+                name: "coop-1000",
+                title: "CoOp step: 1,000 classes, 16 context tokens, batch 32, cached image features",
+                note: "PyTorch and candle hold one autograd graph of 100 classes at a time; what is timed is the forward and backward \
+                       pass of one such graph a round, times 10. Summed gradients also need all features before the loss, so \
+                       one more forward pass, which is made in the check but not counted in the time. candle's \
+                       check covers the features of the first 100 classes.",
+                sizes: Sizes::VitB16,
+                task: coop(1000),
+            },
+            Self {
+                name: "cocoop",
+                title: "CoCoOp step: 50 classes, 4 context tokens, batch 4, cached image features",
+                note: "Forward, loss and the gradients of context and meta-network. PyTorch and candle loop over the images, as the authors do.",
+                sizes: Sizes::VitB16,
+                task: Task::Cocoop {
+                    classes: 50,
+                    n_ctx: 4,
+                    batch: 4,
+                },
+            },
+            Self {
+                name: "zeroshot",
+                title: "Zero-shot class features: a sample of 8 templates × 40 names",
+                note: "Every tenth of the 80 ImageNet templates and 40 of the 1,000 names; no gradient. PyTorch and candle encode \
+                       80 prompts at a time, class by class; we all at once, each template's beginning shared.",
+                sizes: Sizes::VitB16,
+                task: Task::ZeroShot {
+                    templates: 8,
+                    names: 40,
+                    batch: 80,
+                },
+            },
+            Self {
+                name: "vit-b16",
+                title: "Image tower forward: ViT-B/16, batch 8",
+                note: "No gradient.",
+                sizes: Sizes::VitB16,
+                task: Task::Image { batch: 8 },
+            },
+            Self {
+                name: "rn50",
+                title: "Image tower forward: RN50, batch 8",
+                note: "No gradient.",
+                sizes: Sizes::Rn50,
+                task: Task::Image { batch: 8 },
+            },
+        ]
+    }
+
+    /// Who takes part. There is nothing to cut in an image.
+    pub(super) fn contenders(&self) -> Vec<Contender> {
+        let takes_part = |contender: &Contender| match contender {
+            Contender::Fair => !matches!(self.task, Task::Image { .. }),
+            Contender::OursBudget => matches!(self.task, Task::Coop { .. }),
+            _ => true,
+        };
+        Contender::ALL.into_iter().filter(takes_part).collect()
+    }
+
+    /// How many times the timed part makes the whole step.
+    pub(super) fn scale(&self, contender: Contender) -> usize {
+        match self.task {
+            Task::Coop { classes, graph, .. } if !contender.is_ours() => classes.div_ceil(graph),
+            _ => 1,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_large_row_is_a_sample_and_only_for_others() {
+        for row in Row::all() {
+            for contender in row.contenders() {
+                let sampled = row.name == "coop-1000" && !contender.is_ours();
+                assert_eq!(
+                    row.scale(contender),
+                    if sampled { 10 } else { 1 },
+                    "{}",
+                    row.name
+                );
+            }
+        }
+    }
+}
