@@ -231,7 +231,8 @@ impl TextTower {
         )
     }
 
-    /// What a forward and backward pass over the prompts will take, known before anything runs.
+    /// What a forward and backward pass over the prompts will take, known before anything runs; of prompts with nothing
+    /// learned, a forward pass.
     ///
     /// # Errors
     /// As [`TextTower::encode`]; [`Error::Memory`] if the budget is too small whatever is recomputed.

@@ -85,7 +85,10 @@ pub(crate) fn forecast(
     };
     let threads = rayon::current_num_threads();
     let (policy, at_a_time, step) = runner.parts(table, deep_table).choose(budget, threads)?;
-    let weights = blocks.iter().map(FrozenBlock::bytes_to_come).sum::<usize>();
+    let weights = match wanted.beginnings || wanted.endings {
+        true => blocks.iter().map(FrozenBlock::bytes_to_come).sum::<usize>(),
+        false => 0,
+    };
     Ok(Forecast {
         policy,
         chunks_at_a_time: at_a_time,

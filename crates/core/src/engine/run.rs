@@ -383,6 +383,9 @@ impl Runner<'_> {
     /// How many floats the parts of a forward and backward pass take.
     pub(crate) fn parts(&self, table: usize, deep: usize) -> Parts {
         let (width, layers) = (self.width, self.blocks.len());
+        if !self.wanted.beginnings && !self.wanted.endings {
+            return self.parts_forward(table);
+        }
         let records = self.records(true);
         let all = |chunk: &Chunk| self.layout(chunk, Kind::Ending, Keep::Everything);
         let (mut work, mut work_twice) = (0, 0);
@@ -403,6 +406,28 @@ impl Runner<'_> {
             work_twice,
             // Table, deep rows and ends with their gradients; the ends also normalised and projected, with gradients.
             fixed: (2 * table + 2 * deep + 8 * self.plan.prompts) * width,
+        }
+    }
+
+    /// As [`Runner::parts`] for prompts with nothing learned, which nobody goes back.
+    fn parts_forward(&self, table: usize) -> Parts {
+        let work = |chunk: &Chunk, kind, keep| {
+            self.work_forward(chunk, &self.layout(chunk, kind, keep))
+        };
+        let endings = self.plan.endings.iter();
+        let beginnings = self.plan.beginnings.iter();
+        let work = endings
+            .map(|c| work(c, Kind::Ending, Keep::Nothing))
+            .chain(beginnings.map(|c| work(c, Kind::Beginning, Keep::Keys)))
+            .max()
+            .unwrap_or(0);
+        Parts {
+            beginnings: self.records(false).floats,
+            endings: 0,
+            work,
+            work_twice: work,
+            // Table and ends; the ends also normalised and projected.
+            fixed: (table + 4 * self.plan.prompts) * self.width,
         }
     }
 
