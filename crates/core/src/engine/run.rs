@@ -411,9 +411,8 @@ impl Runner<'_> {
 
     /// As [`Runner::parts`] for prompts with nothing learned, which nobody goes back.
     fn parts_forward(&self, table: usize) -> Parts {
-        let work = |chunk: &Chunk, kind, keep| {
-            self.work_forward(chunk, &self.layout(chunk, kind, keep))
-        };
+        let work =
+            |chunk: &Chunk, kind, keep| self.work_forward(chunk, &self.layout(chunk, kind, keep));
         let endings = self.plan.endings.iter();
         let beginnings = self.plan.beginnings.iter();
         let work = endings
