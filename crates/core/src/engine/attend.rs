@@ -34,19 +34,22 @@ impl Attention<'_> {
     fn queries(&self) -> impl Iterator<Item = Query<'_>> {
         let mut sequences = self.chunk.sequences.iter();
         let mut current = sequences.next();
-        self.asking.iter().enumerate().map_while(move |(index, row)| {
-            let row = *row as usize;
-            while current.is_some_and(|s| row >= s.start + s.len) {
-                current = sequences.next();
-            }
-            let sequence = current?;
-            let at = row - sequence.start;
-            Some(Query {
-                sequence,
-                at,
-                index,
+        self.asking
+            .iter()
+            .enumerate()
+            .map_while(move |(index, row)| {
+                let row = *row as usize;
+                while current.is_some_and(|s| row >= s.start + s.len) {
+                    current = sequences.next();
+                }
+                let sequence = current?;
+                let at = row - sequence.start;
+                Some(Query {
+                    sequence,
+                    at,
+                    index,
+                })
             })
-        })
     }
 
     /// What the asking rows gather, `(asking, width)`; `scratch` holds a row of probabilities.
@@ -123,7 +126,11 @@ impl Attention<'_> {
                             axpy(d_score, q, &mut d_key[..HEAD]);
                             axpy(*p, d_out, &mut d_value[..HEAD]);
                         }
-                        axpy(1.0, &d_q, &mut d_own[query.at * 3 * width + h * HEAD..][..HEAD]);
+                        axpy(
+                            1.0,
+                            &d_q,
+                            &mut d_own[query.at * 3 * width + h * HEAD..][..HEAD],
+                        );
                     }
                 },
             );

@@ -61,7 +61,11 @@ impl Parts {
     /// The fastest way that fits into `budget` bytes, and what it takes.
     ///
     /// The bits of a result do not depend on it: chunks are the same, and so is the order in which their parts are summed.
-    pub(crate) fn choose(&self, budget: Option<u64>, threads: usize) -> Result<(Policy, usize, u64)> {
+    pub(crate) fn choose(
+        &self,
+        budget: Option<u64>,
+        threads: usize,
+    ) -> Result<(Policy, usize, u64)> {
         let ways = std::iter::once((Policy::SaveAll, threads))
             .chain((1..=threads).rev().map(|n| (Policy::TwoPasses, n)));
         let mut least = u64::MAX;
@@ -96,8 +100,14 @@ mod tests {
         assert_eq!(parts.choose(None, 4).unwrap(), (Policy::SaveAll, 4, all));
         assert_eq!(parts.choose(Some(all), 4).unwrap().0, Policy::SaveAll);
         let two = |n: u64| 4 * (15 + 100 * n);
-        assert_eq!(parts.choose(Some(all - 1), 4).unwrap(), (Policy::TwoPasses, 4, two(4)));
-        assert_eq!(parts.choose(Some(two(3) - 1), 4).unwrap(), (Policy::TwoPasses, 2, two(2)));
+        assert_eq!(
+            parts.choose(Some(all - 1), 4).unwrap(),
+            (Policy::TwoPasses, 4, two(4))
+        );
+        assert_eq!(
+            parts.choose(Some(two(3) - 1), 4).unwrap(),
+            (Policy::TwoPasses, 2, two(2))
+        );
         match parts.choose(Some(two(1) - 1), 4) {
             Err(Error::Memory { needed, .. }) => assert_eq!(needed, two(1)),
             other => panic!("{other:?}"),

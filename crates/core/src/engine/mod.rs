@@ -43,7 +43,11 @@ pub(crate) struct Tape(Mutex<Vec<f32>>);
 
 impl Drop for Tower {
     fn drop(&mut self) {
-        let tape = self.tape.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let tape = self
+            .tape
+            .0
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
         self.buffers.give(std::mem::take(tape));
     }
 }

@@ -159,7 +159,11 @@ impl Layout {
         }
         let mut cut = Cut::new(spare);
         let (even, odd) = (cut.take(rows), cut.take(rows));
-        let (x, next) = if block % 2 == 0 { (even, odd) } else { (odd, even) };
+        let (x, next) = if block % 2 == 0 {
+            (even, odd)
+        } else {
+            (odd, even)
+        };
         let (middle, hidden) = (cut.take(asking), cut.take(4 * asking));
         let qkv = match self.keep {
             Keep::Keys => &mut record[first..][..3 * rows],
@@ -220,25 +224,60 @@ impl Runner<'_> {
         let (beginnings, endings) = tape.split_at_mut(records.endings_from);
         let run = |i: usize, record: &mut [f32], threads| {
             let chunk = &self.plan.beginnings[i];
-            self.chunk_forward(chunk, &records.beginnings[i], inputs, record, None, &mut [], threads);
+            self.chunk_forward(
+                chunk,
+                &records.beginnings[i],
+                inputs,
+                record,
+                None,
+                &mut [],
+                threads,
+            );
         };
-        self.each(&self.plan.beginnings, &records.beginnings, beginnings, &run, |_, ()| ());
+        self.each(
+            &self.plan.beginnings,
+            &records.beginnings,
+            beginnings,
+            &run,
+            |_, ()| (),
+        );
         let beginnings = &*beginnings;
         let width = self.width;
         let mut ends = vec![0.0; self.plan.prompts * width];
-        let before = Some(Before { records: &records, record: beginnings });
+        let before = Some(Before {
+            records: &records,
+            record: beginnings,
+        });
         let run = |i: usize, record: &mut [f32], threads| {
             let chunk = &self.plan.endings[i];
             let mut own = self.buffers.take(chunk.sequences.len() * width);
-            self.chunk_forward(chunk, &records.endings[i], inputs, record, before, &mut own, threads);
+            self.chunk_forward(
+                chunk,
+                &records.endings[i],
+                inputs,
+                record,
+                before,
+                &mut own,
+                threads,
+            );
             own
         };
-        self.each(&self.plan.endings, &records.endings, endings, &run, |i, own| {
-            for (s, row) in self.plan.endings[i].sequences.iter().zip(own.chunks_exact(width)) {
-                ends[s.prompt * width..][..width].copy_from_slice(row);
-            }
-            self.buffers.give(own);
-        });
+        self.each(
+            &self.plan.endings,
+            &records.endings,
+            endings,
+            &run,
+            |i, own| {
+                for (s, row) in self.plan.endings[i]
+                    .sequences
+                    .iter()
+                    .zip(own.chunks_exact(width))
+                {
+                    ends[s.prompt * width..][..width].copy_from_slice(row);
+                }
+                self.buffers.give(own);
+            },
+        );
         Forward { ends, tape }
     }
 
@@ -254,11 +293,21 @@ impl Runner<'_> {
         let width = self.width;
         let records = self.records(true);
         let (beginnings, endings) = tape.split_at(records.endings_from);
-        let before = Some(Before { records: &records, record: beginnings });
+        let before = Some(Before {
+            records: &records,
+            record: beginnings,
+        });
         // What each chunk of prefixes is owed at each block, rows of `2·width`.
         let layers = self.blocks.len();
         let total: usize = self.plan.beginnings.iter().map(|c| c.rows).sum();
-        let mut owed = vec![0.0; if self.wanted.beginnings { total * 2 * width * layers } else { 0 }];
+        let mut owed = vec![
+            0.0;
+            if self.wanted.beginnings {
+                total * 2 * width * layers
+            } else {
+                0
+            }
+        ];
         let threads = self.threads(self.plan.endings.len());
         in_order(
             self.plan.endings.len(),
@@ -267,12 +316,28 @@ impl Runner<'_> {
                 let (chunk, layout) = (&self.plan.endings[i], &records.endings[i]);
                 if layout.keep == Keep::Everything {
                     let record = &endings[records.starts[i]..];
-                    return self.chunk_backward(chunk, layout, record, before, d_ends, &[], threads);
+                    return self.chunk_backward(
+                        chunk,
+                        layout,
+                        record,
+                        before,
+                        d_ends,
+                        &[],
+                        threads,
+                    );
                 }
                 let layout = self.layout(chunk, Kind::Ending, Keep::Everything);
                 let mut record = self.buffers.take(layout.floats);
                 let mut own = self.buffers.take(chunk.sequences.len() * width);
-                self.chunk_forward(chunk, &layout, inputs, &mut record, before, &mut own, threads);
+                self.chunk_forward(
+                    chunk,
+                    &layout,
+                    inputs,
+                    &mut record,
+                    before,
+                    &mut own,
+                    threads,
+                );
                 self.buffers.give(own);
                 let done =
                     self.chunk_backward(chunk, &layout, &record, before, d_ends, &[], threads);
@@ -302,7 +367,10 @@ impl Runner<'_> {
                 |i| {
                     let chunk = &self.plan.beginnings[i];
                     let layout = &records.beginnings[i];
-                    let (at, len) = (chunk.first * 2 * width * layers, chunk.rows * 2 * width * layers);
+                    let (at, len) = (
+                        chunk.first * 2 * width * layers,
+                        chunk.rows * 2 * width * layers,
+                    );
                     let owed = &owed[at..][..len];
                     let record = &beginnings[records.firsts[i]..];
                     self.chunk_backward(chunk, layout, record, None, &[], owed, threads)
@@ -324,7 +392,8 @@ impl Runner<'_> {
             let owed = usize::from(self.wanted.beginnings) * debts * 2 * width * layers;
             let back = self.work_back(chunk) + chunk.rows * width + deep * width + owed;
             work = work.max(back.max(self.work_forward(chunk, &layout)));
-            work_twice = work_twice.max(layout.floats + back.max(self.work_forward(chunk, &layout)));
+            work_twice =
+                work_twice.max(layout.floats + back.max(self.work_forward(chunk, &layout)));
         }
         let prefixes: usize = self.plan.beginnings.iter().map(|c| c.rows).sum();
         Parts {
@@ -356,8 +425,10 @@ impl Runner<'_> {
         take: impl FnMut(usize, T) + Send,
     ) {
         let mut cut = Cut::new(record);
-        let parts: Vec<Mutex<&mut [f32]>> =
-            layouts.iter().map(|l| Mutex::new(cut.take(l.floats))).collect();
+        let parts: Vec<Mutex<&mut [f32]>> = layouts
+            .iter()
+            .map(|l| Mutex::new(cut.take(l.floats)))
+            .collect();
         let threads = self.threads(chunks.len());
         in_order(
             chunks.len(),
@@ -481,13 +552,15 @@ impl Runner<'_> {
     /// The prefixes' queries, keys and values at a block.
     fn prefixes<'r>(&'r self, before: Option<Before<'r>>, layer: usize) -> Prefixes<'r> {
         let width = self.width;
-        Prefixes(Box::new(move |group| match before.map(|b| (b, b.records.homes[group])) {
-            Some((before, Some((chunk, start)))) => {
-                let qkv = before.records.beginnings[chunk].qkv(layer, width);
-                let first = before.records.firsts[chunk] + qkv + start * 3 * width;
-                (&before.record[first..], self.plan.prefixes[group])
+        Prefixes(Box::new(move |group| {
+            match before.map(|b| (b, b.records.homes[group])) {
+                Some((before, Some((chunk, start)))) => {
+                    let qkv = before.records.beginnings[chunk].qkv(layer, width);
+                    let first = before.records.firsts[chunk] + qkv + start * 3 * width;
+                    (&before.record[first..], self.plan.prefixes[group])
+                }
+                _ => (&[], 0),
             }
-            _ => (&[], 0),
         }))
     }
 
@@ -518,7 +591,11 @@ impl Runner<'_> {
         threads: Threads,
     ) {
         let width = self.width;
-        let kind = if before.is_some() { Kind::Ending } else { Kind::Beginning };
+        let kind = if before.is_some() {
+            Kind::Ending
+        } else {
+            Kind::Beginning
+        };
         let mut work = self.buffers.take(self.work_forward(chunk, layout));
         let mut cut = Cut::new(&mut work);
         let (normed, mixed, active, out) = (
@@ -556,7 +633,8 @@ impl Runner<'_> {
             let (normed, mixed) = (&mut normed[..n * width], &mut mixed[..n * width]);
             let active = &mut active[..4 * n * width];
             let prefixes = self.prefixes(before, layer);
-            self.attention(chunk, now.qkv, prefixes, &asking).forward(mixed, scratch);
+            self.attention(chunk, now.qkv, prefixes, &asking)
+                .forward(mixed, scratch);
             gather(now.x, &asking, width, now.middle);
             block.out_proj.add(mixed, n, now.middle, threads);
             block.ln_2.normalise(now.middle, normed);
@@ -617,21 +695,34 @@ impl Runner<'_> {
         // Where the debts to each group's prefix begin.
         let mut places = Vec::new();
         let mut debts = 0;
-        for group in chunk.groups().filter(|_| before.is_some() && self.wanted.beginnings) {
+        for group in chunk
+            .groups()
+            .filter(|_| before.is_some() && self.wanted.beginnings)
+        {
             places.push((group, debts));
             debts += self.plan.prefixes[group] * 2 * width * layers;
         }
         let mut owing = self.buffers.take(debts);
         owing[..debts].fill(0.0);
-        let deep = self.deep.rows.iter().flatten().max().map_or(0, |last| *last as usize + 1);
+        let deep = self
+            .deep
+            .rows
+            .iter()
+            .flatten()
+            .max()
+            .map_or(0, |last| *last as usize + 1);
         let mut d_deep = self.buffers.take(deep * width);
         d_deep[..deep * width].fill(0.0);
         let mut d_x = self.buffers.take(chunk.rows * width);
         let mut work = self.buffers.take(self.work_back(chunk));
         let mut cut = Cut::new(&mut work);
         let rows = chunk.rows * width;
-        let (d_out, d_normed, d_middle, d_mixed) =
-            (cut.take(rows), cut.take(rows), cut.take(rows), cut.take(rows));
+        let (d_out, d_normed, d_middle, d_mixed) = (
+            cut.take(rows),
+            cut.take(rows),
+            cut.take(rows),
+            cut.take(rows),
+        );
         let (d_active, d_qkv) = (cut.take(4 * rows), cut.take(3 * rows));
         let scratch = cut.take(2 * self.keys(chunk));
         for (layer, block) in self.blocks.iter().enumerate().rev() {
@@ -639,7 +730,8 @@ impl Runner<'_> {
             let asking = self.asking(chunk, kind, layer);
             let n = asking.len();
             let d_middle = &mut d_middle[..n * width];
-            let (d_normed_of_asking, d_mixed) = (&mut d_normed[..n * width], &mut d_mixed[..n * width]);
+            let (d_normed_of_asking, d_mixed) =
+                (&mut d_normed[..n * width], &mut d_mixed[..n * width]);
             if n > 0 {
                 let d_out = &mut d_out[..n * width];
                 match layer + 1 == layers {
@@ -653,15 +745,22 @@ impl Runner<'_> {
                 let d_active = &mut d_active[..4 * n * width];
                 block.c_proj.backward(d_out, n, d_active, threads);
                 activate_backward(block.activation, kept.hidden, d_active);
-                block.c_fc.backward(d_active, n, d_normed_of_asking, threads);
+                block
+                    .c_fc
+                    .backward(d_active, n, d_normed_of_asking, threads);
                 d_middle.copy_from_slice(d_out);
-                block.ln_2.backward(kept.middle, d_normed_of_asking, d_middle);
+                block
+                    .ln_2
+                    .backward(kept.middle, d_normed_of_asking, d_middle);
                 block.out_proj.backward(d_middle, n, d_mixed, threads);
             }
             d_qkv.fill(0.0);
             if kind == Kind::Beginning {
                 let owed = &owed[layer * 2 * rows..][..2 * rows];
-                for (d, owed) in d_qkv.chunks_exact_mut(3 * width).zip(owed.chunks_exact(2 * width)) {
+                for (d, owed) in d_qkv
+                    .chunks_exact_mut(3 * width)
+                    .zip(owed.chunks_exact(2 * width))
+                {
                     d[width..].copy_from_slice(owed);
                 }
             }

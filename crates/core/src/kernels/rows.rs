@@ -120,7 +120,10 @@ pub(crate) fn layer_norm_backward(x: &[f32], gain: &[f32], eps: f32, dy: &[f32],
                 let (mean, rstd) = moments(x, eps);
                 let (mut sums, mut dots) = ([0.0f32; LANES], [0.0f32; LANES]);
                 // Widths of CLIP's towers are multiples of 64; the last part may be short all the same.
-                for ((x, dy), gain) in x.chunks(LANES).zip(dy.chunks(LANES)).zip(gain.chunks(LANES))
+                for ((x, dy), gain) in x
+                    .chunks(LANES)
+                    .zip(dy.chunks(LANES))
+                    .zip(gain.chunks(LANES))
                 {
                     let parts = sums.iter_mut().zip(&mut dots);
                     for ((((sum, dot), x), dy), gain) in parts.zip(x).zip(dy).zip(gain) {
@@ -208,13 +211,30 @@ pub(crate) fn activate_backward(kind: Activation, x: &[f32], d: &mut [f32]) {
     }
 }
 
+/// The largest number of a row; what is not a number does not count.
+#[inline(always)]
+fn largest(row: &[f32]) -> f32 {
+    let mut largest = [f32::NEG_INFINITY; LANES];
+    for part in row.chunks(LANES) {
+        for (largest, x) in largest.iter_mut().zip(part) {
+            *largest = if *x > *largest { *x } else { *largest };
+        }
+    }
+    largest.into_iter().fold(f32::NEG_INFINITY, f32::max)
+}
+
 /// Softmax of a row in place; entries of minus infinity become zero.
 #[inline(always)]
 pub(crate) fn softmax(row: &mut [f32]) {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let max = largest(row);
     for x in row.iter_mut() {
         *x = exp(*x - max);
     }
-    let scale = 1.0 / sum(row, #[inline(always)] |x| x);
+    let scale = 1.0
+        / sum(
+            row,
+            #[inline(always)]
+            |x| x,
+        );
     row.iter_mut().for_each(|x| *x *= scale);
 }
