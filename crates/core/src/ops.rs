@@ -26,17 +26,7 @@ impl Linear {
         bias: Option<Vec<f32>>,
         (out_width, in_width): (usize, usize),
     ) -> Self {
-        debug_assert_eq!(weight.len(), out_width * in_width);
-        let forward = Packed::new((in_width, out_width), |row, column| {
-            weight.get(column * in_width + row)
-        });
-        Self::Frozen(FrozenLinear {
-            forward: Arc::new(forward),
-            backward: Arc::default(),
-            bias: bias.map(Arc::new),
-            in_width,
-            out_width,
-        })
+        Self::Frozen(FrozenLinear::new(weight, bias, (out_width, in_width)))
     }
 
     /// For a weight `(out, in)` and a bias `(out)`.
@@ -70,11 +60,7 @@ impl Linear {
     /// Bytes held.
     pub(crate) fn bytes(&self) -> usize {
         match self {
-            Self::Frozen(op) => {
-                let backward = op.backward.get().map_or(0, Packed::bytes);
-                let bias = op.bias.as_ref().map_or(0, |b| 4 * b.len());
-                op.forward.bytes() + backward + bias
-            }
+            Self::Frozen(op) => op.bytes(),
             Self::Learned(layer) => {
                 let (out_width, in_width) = layer.sizes;
                 4 * (out_width * in_width + layer.bias.as_ref().map_or(0, Tensor::elem_count))
@@ -95,6 +81,31 @@ pub(crate) struct FrozenLinear {
 }
 
 impl FrozenLinear {
+    /// For `weight (out, in)` and a bias `(out)`.
+    pub(crate) fn new(
+        weight: Stored,
+        bias: Option<Vec<f32>>,
+        (out_width, in_width): (usize, usize),
+    ) -> Self {
+        debug_assert_eq!(weight.len(), out_width * in_width);
+        let forward = Packed::new((in_width, out_width), |row, column| {
+            weight.get(column * in_width + row)
+        });
+        Self {
+            forward: Arc::new(forward),
+            backward: Arc::default(),
+            bias: bias.map(Arc::new),
+            in_width,
+            out_width,
+        }
+    }
+
+    /// Bytes held.
+    pub(crate) fn bytes(&self) -> usize {
+        let backward = self.backward.get().map_or(0, Packed::bytes);
+        self.forward.bytes() + backward + self.bias().map_or(0, |b| 4 * b.len())
+    }
+
     fn bias(&self) -> Option<&[f32]> {
         self.bias.as_deref().map(Vec::as_slice)
     }
@@ -131,6 +142,10 @@ impl FrozenLinear {
         }
     }
 
+    pub(crate) fn out_width(&self) -> usize {
+        self.out_width
+    }
+
     /// `dx (m, in) = dy (m, out)·w`.
     pub(crate) fn backward(&self, dy: &[f32], m: usize, dx: &mut [f32], threads: Threads) {
         threads.multiply(self.turned(), dy, m, Onto::Bias(None), dx);
@@ -147,6 +162,14 @@ pub(crate) enum Threads {
 }
 
 impl Threads {
+    /// For each of so many tasks that run side by side: where they are too few to go round, all threads help each.
+    pub(crate) fn for_tasks(tasks: usize) -> Self {
+        match tasks < rayon::current_num_threads() {
+            true => Self::All,
+            false => Self::One,
+        }
+    }
+
     fn multiply(self, b: &Packed, a: &[f32], m: usize, onto: Onto<'_>, out: &mut [f32]) {
         match self {
             Self::One => b.multiply(a, m, onto, out),
@@ -300,35 +323,6 @@ fn filled(
 /// A tensor of `like`'s shape and device.
 pub(crate) fn from_values(values: Vec<f32>, like: &Tensor) -> candle_core::Result<Tensor> {
     Tensor::from_vec(values, like.shape(), like.device())
-}
-
-/// A frozen operation whose gradient is not known: asking for one is an error, never silence.
-pub(crate) fn map(
-    x: &Tensor,
-    shape: impl Into<Shape>,
-    f: impl Fn(&[f32], &mut [f32]),
-) -> Result<Tensor> {
-    struct Map<F>(Shape, F);
-    impl<F: Fn(&[f32], &mut [f32])> CustomOp1 for Map<F> {
-        fn name(&self) -> &'static str {
-            "forward-only"
-        }
-        fn cpu_fwd(
-            &self,
-            storage: &CpuStorage,
-            layout: &Layout,
-        ) -> candle_core::Result<(CpuStorage, Shape)> {
-            let mut out = vec![0.0; self.0.elem_count()];
-            (self.1)(values(storage, layout)?, &mut out);
-            Ok((CpuStorage::F32(out), self.0.clone()))
-        }
-    }
-    if x.track_op() {
-        return Err(Error::Data(
-            "this part of the image tower has no gradient yet".into(),
-        ));
-    }
-    Ok(x.contiguous()?.apply_op1_no_bwd(&Map(shape.into(), f))?)
 }
 
 impl CustomOp1 for FrozenLinear {

@@ -4,6 +4,7 @@ mod block;
 mod resnet;
 mod text;
 mod vit;
+mod vit_run;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,6 +15,7 @@ use rayon::prelude::*;
 use self::block::Weights;
 use self::resnet::ResNet;
 use self::vit::Vit;
+use self::vit_run::Wanted;
 use crate::{Arch, Checkpoint, Error, Params, Preprocess, Result, VisionArch, checkpoint, ops};
 
 pub(crate) use self::block::{Block, FrozenBlock};
@@ -252,6 +254,7 @@ impl ImageTower {
     fn expect(&self, pixels: &Tensor) -> Result<()> {
         let r = self.resolution;
         match *pixels.dims() {
+            [0, ..] => Err(Error::Data("the batch holds no image".into())),
             [_, 3, h, w] if (h, w) == (r, r) => Ok(()),
             _ => Err(Error::Shape {
                 what: "batch of images".into(),
@@ -266,18 +269,18 @@ impl ImageTower {
     /// An image's feature has the same bits whatever stands beside it in the batch.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the pixels are not of the tower's resolution.
+    /// [`Error::Shape`] if the pixels are not of the tower's resolution, [`Error::Data`] if there is no image.
     pub fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
         self.expect(pixels)?;
-        each_image(pixels, |image| match &self.tower {
-            Tower::Vit(tower) => tower.encode(image, &mut |_, _| Ok(())),
-            Tower::ResNet(tower) => tower.encode(image, &mut |_, _| Ok(())),
-        })
+        match &self.tower {
+            Tower::Vit(tower) => tower.features(pixels, Wanted::ClassToken),
+            Tower::ResNet(tower) => tower.features(pixels, resnet::Wanted::Pooled),
+        }
     }
 
     /// As [`ImageTower::encode`], showing every hidden state to `probe`.
     ///
-    /// The batch goes through the tower as a whole, so the last bits may differ from those of [`ImageTower::encode`].
+    /// A ViT takes the batch as a whole, so the last bits may differ from those of [`ImageTower::encode`].
     ///
     /// Names are `conv1`, `ln_pre`, `block0`, ..., `ln_post` (ViT) and `stem`, `layer1`, ..., `layer4` (ResNet).
     ///
@@ -299,10 +302,15 @@ impl ImageTower {
     /// As [`ImageTower::encode`].
     pub fn encode_dense(&self, pixels: &Tensor) -> Result<Tensor> {
         self.expect(pixels)?;
-        each_image(pixels, |image| match &self.tower {
-            Tower::Vit(tower) => tower.encode_dense(image),
-            Tower::ResNet(tower) => tower.encode_dense(image, true),
-        })
+        match &self.tower {
+            Tower::Vit(tower) => tower.features(pixels, Wanted::EveryToken),
+            Tower::ResNet(tower) => tower.features(
+                pixels,
+                resnet::Wanted::Every {
+                    with_positions: true,
+                },
+            ),
+        }
     }
 
     /// Raw features of every image's class token and the *value-path* features of chosen patches, from an image tower that
@@ -335,7 +343,7 @@ impl ImageTower {
         let (_, _, h, w) = pixels.dims4()?;
         match &self.tower {
             Tower::ResNet(tower) if h % 32 == 0 && w % 32 == 0 && h * w > 0 => {
-                tower.encode_dense(pixels, with_positions)
+                tower.features(pixels, resnet::Wanted::Every { with_positions })
             }
             Tower::ResNet(_) => Err(Error::Data(format!(
                 "a ResNet takes sides that 32 divides, not {h}×{w}"
@@ -350,7 +358,7 @@ impl ImageTower {
     /// [`Error::Data`] for a ViT.
     pub fn last_stage(&self, pixels: &Tensor) -> Result<Tensor> {
         match &self.tower {
-            Tower::ResNet(tower) => tower.last_stage(pixels, &mut |_, _| Ok(())),
+            Tower::ResNet(tower) => tower.last_stage(pixels),
             Tower::Vit(_) => Err(Error::Data("a ViT has no last stage".into())),
         }
     }
@@ -385,11 +393,7 @@ fn each_image(
     pixels: &Tensor,
     encode: impl Fn(&Tensor) -> Result<Tensor> + Sync,
 ) -> Result<Tensor> {
-    let batch = pixels.dims().first().copied().unwrap_or(0);
-    if batch == 0 {
-        return Err(Error::Data("the batch holds no image".into()));
-    }
-    let features: Vec<Tensor> = (0..batch)
+    let features: Vec<Tensor> = (0..pixels.dim(0)?)
         .into_par_iter()
         .map(|i| encode(&pixels.narrow(0, i, 1)?))
         .collect::<Result<_>>()?;

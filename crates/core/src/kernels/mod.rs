@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 use crate::Activation;
 
-pub(crate) use conv::{ConvSizes, average_pool, conv};
+pub(crate) use conv::{Conv, ConvSizes, Finish, average_pool};
 pub(crate) use packed::{Onto, Packed};
 
 /// Columns of a product that one task computes.
@@ -40,30 +40,12 @@ impl Stored {
         }
     }
 
-    /// Bytes held.
-    pub(crate) fn bytes(&self) -> usize {
-        match self {
-            Self::F32(v) => 4 * v.len(),
-            Self::F16(v) => 2 * v.len(),
-            Self::Bf16(v) => 2 * v.len(),
-        }
-    }
-
     /// One element as f32.
     pub(crate) fn get(&self, at: usize) -> f32 {
         match self {
             Self::F32(v) => v[at],
             Self::F16(v) => v[at].to_f32(),
             Self::Bf16(v) => v[at].to_f32(),
-        }
-    }
-
-    /// Elements `range` as f32, appended to `out`.
-    pub(crate) fn widen_into(&self, range: Range<usize>, out: &mut Vec<f32>) {
-        match self {
-            Self::F32(v) => out.extend_from_slice(&v[range]),
-            Self::F16(v) => out.extend(v[range].iter().map(|x| x.to_f32())),
-            Self::Bf16(v) => out.extend(v[range].iter().map(|x| x.to_f32())),
         }
     }
 }

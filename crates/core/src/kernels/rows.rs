@@ -216,10 +216,22 @@ pub(crate) fn activate_backward(kind: Activation, x: &[f32], d: &mut [f32]) {
     }
 }
 
+/// The largest number of a row; what is not a number does not count.
+#[inline(always)]
+fn largest(row: &[f32]) -> f32 {
+    let mut largest = [f32::NEG_INFINITY; LANES];
+    for part in row.chunks(LANES) {
+        for (largest, x) in largest.iter_mut().zip(part) {
+            *largest = if *x > *largest { *x } else { *largest };
+        }
+    }
+    largest.into_iter().fold(f32::NEG_INFINITY, f32::max)
+}
+
 /// Softmax of a row in place; entries of minus infinity become zero.
 #[inline(always)]
 pub(crate) fn softmax(row: &mut [f32]) {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let max = largest(row);
     for x in row.iter_mut() {
         *x = exp(*x - max);
     }
