@@ -3,10 +3,12 @@
 pub mod arch;
 pub mod checkpoint;
 pub mod clip;
+pub mod context;
 mod engine;
 mod error;
 pub mod files;
 mod kernels;
+pub mod layers;
 pub mod method;
 pub mod ops;
 pub mod optim;
@@ -18,6 +20,7 @@ pub mod rng;
 pub mod run;
 pub mod schedule;
 pub mod task;
+pub mod templates;
 pub mod tokenizer;
 pub mod train;
 
