@@ -35,7 +35,7 @@ pub fn vit_b16() -> Result<Clip> {
             patch_size: 16,
         },
         512,
-        Storage::F32,
+        Storage::F16,
     )
 }
 
@@ -50,7 +50,7 @@ pub fn rn50() -> Result<Clip> {
             width: 64,
         },
         1024,
-        Storage::F32,
+        Storage::F16,
     )
 }
 

@@ -89,6 +89,18 @@ pub enum Error {
         /// Positions of the text tower.
         context_length: usize,
     },
+    /// A forward and backward pass takes more memory than it may.
+    #[error(
+        "a memory budget of {} MB is too small: even computed twice, a chunk at a time, these prompts take {} MB; raise the budget or give fewer classes",
+        budget / 1_000_000,
+        needed.div_ceil(1_000_000)
+    )]
+    Memory {
+        /// Bytes that the leanest way takes.
+        needed: u64,
+        /// Bytes allowed.
+        budget: u64,
+    },
     /// The weights know another vocabulary than CLIP's, so text cannot be tokenised for them.
     #[error(
         "the text tower has a vocabulary of {found} tokens, CLIP's tokenizer needs {expected}; these weights cannot take text, only token ids"

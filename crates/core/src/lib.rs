@@ -3,10 +3,15 @@
 pub mod arch;
 pub mod checkpoint;
 pub mod clip;
+pub mod context;
 mod engine;
 mod error;
 pub mod files;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals;
 mod kernels;
+pub mod layers;
 pub mod method;
 pub mod ops;
 pub mod optim;
@@ -18,6 +23,7 @@ pub mod rng;
 pub mod run;
 pub mod schedule;
 pub mod task;
+pub mod templates;
 pub mod tokenizer;
 pub mod train;
 

@@ -7,8 +7,9 @@
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, Layout, Shape, Tensor};
+use rayon::prelude::*;
 
-use crate::kernels::{self, AttentionSizes, Onto, Packed, Stored};
+use crate::kernels::{self, AttentionSizes, Onto, Packed, Stored, rows};
 use crate::{Activation, Error, Result};
 
 /// An affine map `y = x·wᵀ + b`.
@@ -26,17 +27,7 @@ impl Linear {
         bias: Option<Vec<f32>>,
         (out_width, in_width): (usize, usize),
     ) -> Self {
-        debug_assert_eq!(weight.len(), out_width * in_width);
-        let forward = Packed::new((in_width, out_width), |row, column| {
-            weight.get(column * in_width + row)
-        });
-        Self::Frozen(FrozenLinear {
-            forward: Arc::new(forward),
-            backward: Arc::default(),
-            bias: bias.map(Arc::new),
-            in_width,
-            out_width,
-        })
+        Self::Frozen(FrozenLinear::new(weight, bias, (out_width, in_width)))
     }
 
     /// For a weight `(out, in)` and a bias `(out)`.
@@ -70,11 +61,7 @@ impl Linear {
     /// Bytes held.
     pub(crate) fn bytes(&self) -> usize {
         match self {
-            Self::Frozen(op) => {
-                let backward = op.backward.get().map_or(0, Packed::bytes);
-                let bias = op.bias.as_ref().map_or(0, |b| 4 * b.len());
-                op.forward.bytes() + backward + bias
-            }
+            Self::Frozen(op) => op.bytes(),
             Self::Learned(layer) => {
                 let (out_width, in_width) = layer.sizes;
                 4 * (out_width * in_width + layer.bias.as_ref().map_or(0, Tensor::elem_count))
@@ -95,6 +82,31 @@ pub(crate) struct FrozenLinear {
 }
 
 impl FrozenLinear {
+    /// For `weight (out, in)` and a bias `(out)`.
+    pub(crate) fn new(
+        weight: Stored,
+        bias: Option<Vec<f32>>,
+        (out_width, in_width): (usize, usize),
+    ) -> Self {
+        debug_assert_eq!(weight.len(), out_width * in_width);
+        let forward = Packed::new((in_width, out_width), |row, column| {
+            weight.get(column * in_width + row)
+        });
+        Self {
+            forward: Arc::new(forward),
+            backward: Arc::default(),
+            bias: bias.map(Arc::new),
+            in_width,
+            out_width,
+        }
+    }
+
+    /// Bytes held.
+    pub(crate) fn bytes(&self) -> usize {
+        let backward = self.backward.get().map_or(0, Packed::bytes);
+        self.forward.bytes() + backward + self.bias().map_or(0, |b| 4 * b.len())
+    }
+
     fn bias(&self) -> Option<&[f32]> {
         self.bias.as_deref().map(Vec::as_slice)
     }
@@ -103,19 +115,67 @@ impl FrozenLinear {
         self.backward.get_or_init(|| self.forward.transposed())
     }
 
-    /// `out (m, out) = x (m, in)·wᵀ + b` on the calling thread.
-    pub(crate) fn apply(&self, x: &[f32], m: usize, out: &mut [f32]) {
-        self.forward.multiply(x, m, Onto::Bias(self.bias()), out);
+    /// Bytes of the layout for the way back that are not there yet.
+    pub(crate) fn bytes_to_come(&self) -> usize {
+        match self.backward.get() {
+            Some(_) => 0,
+            None => self.forward.bytes(),
+        }
+    }
+
+    /// `out (m, out) = x (m, in)·wᵀ + b`.
+    pub(crate) fn apply(&self, x: &[f32], m: usize, out: &mut [f32], threads: Threads) {
+        threads.multiply(&self.forward, x, m, Onto::Bias(self.bias()), out);
     }
 
     /// `out += x·wᵀ + b`.
-    pub(crate) fn add(&self, x: &[f32], m: usize, out: &mut [f32]) {
-        self.forward.multiply(x, m, Onto::Output(self.bias()), out);
+    pub(crate) fn add(&self, x: &[f32], m: usize, out: &mut [f32], threads: Threads) {
+        threads.multiply(&self.forward, x, m, Onto::Output(self.bias()), out);
+    }
+
+    /// As [`FrozenLinear::apply`] for queries, keys and values side by side, but without the queries, whose place in `out`
+    /// stays as it is.
+    pub(crate) fn apply_keys(&self, x: &[f32], m: usize, out: &mut [f32]) {
+        let (width, all) = (self.in_width, self.out_width);
+        if let Some(out) = out.get_mut(width..) {
+            self.forward
+                .multiply_columns(x, m, width..all, Onto::Bias(self.bias()), out, all);
+        }
+    }
+
+    pub(crate) fn out_width(&self) -> usize {
+        self.out_width
     }
 
     /// `dx (m, in) = dy (m, out)·w`.
-    pub(crate) fn backward(&self, dy: &[f32], m: usize, dx: &mut [f32]) {
-        self.turned().multiply(dy, m, Onto::Bias(None), dx);
+    pub(crate) fn backward(&self, dy: &[f32], m: usize, dx: &mut [f32], threads: Threads) {
+        threads.multiply(self.turned(), dy, m, Onto::Bias(None), dx);
+    }
+}
+
+/// Who computes a product; the bits are the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Threads {
+    /// The calling thread.
+    One,
+    /// All of them.
+    All,
+}
+
+impl Threads {
+    /// For each of so many tasks that run side by side: where they are too few to go round, all threads help each.
+    pub(crate) fn for_tasks(tasks: usize) -> Self {
+        match tasks < rayon::current_num_threads() {
+            true => Self::All,
+            false => Self::One,
+        }
+    }
+
+    fn multiply(self, b: &Packed, a: &[f32], m: usize, onto: Onto<'_>, out: &mut [f32]) {
+        match self {
+            Self::One => b.multiply(a, m, onto, out),
+            Self::All => b.multiply_parallel(a, m, onto, out),
+        }
     }
 }
 
@@ -240,7 +300,7 @@ pub(crate) fn values<'a>(
 }
 
 /// The values of a tensor as they lie in memory, copied only if they are not contiguous.
-fn with_values<T>(t: &Tensor, f: impl FnOnce(&[f32]) -> T) -> candle_core::Result<T> {
+pub(crate) fn with_values<T>(t: &Tensor, f: impl FnOnce(&[f32]) -> T) -> candle_core::Result<T> {
     let t = t.contiguous()?;
     let (storage, layout) = t.storage_and_layout();
     match &*storage {
@@ -264,35 +324,6 @@ fn filled(
 /// A tensor of `like`'s shape and device.
 pub(crate) fn from_values(values: Vec<f32>, like: &Tensor) -> candle_core::Result<Tensor> {
     Tensor::from_vec(values, like.shape(), like.device())
-}
-
-/// A frozen operation whose gradient is not known: asking for one is an error, never silence.
-pub(crate) fn map(
-    x: &Tensor,
-    shape: impl Into<Shape>,
-    f: impl Fn(&[f32], &mut [f32]),
-) -> Result<Tensor> {
-    struct Map<F>(Shape, F);
-    impl<F: Fn(&[f32], &mut [f32])> CustomOp1 for Map<F> {
-        fn name(&self) -> &'static str {
-            "forward-only"
-        }
-        fn cpu_fwd(
-            &self,
-            storage: &CpuStorage,
-            layout: &Layout,
-        ) -> candle_core::Result<(CpuStorage, Shape)> {
-            let mut out = vec![0.0; self.0.elem_count()];
-            (self.1)(values(storage, layout)?, &mut out);
-            Ok((CpuStorage::F32(out), self.0.clone()))
-        }
-    }
-    if x.track_op() {
-        return Err(Error::Data(
-            "this part of the image tower has no gradient yet".into(),
-        ));
-    }
-    Ok(x.contiguous()?.apply_op1_no_bwd(&Map(shape.into(), f))?)
 }
 
 impl CustomOp1 for FrozenLinear {
@@ -375,12 +406,14 @@ pub(crate) struct FrozenNorm {
 }
 
 impl FrozenNorm {
+    /// On the calling thread.
     pub(crate) fn normalise(&self, x: &[f32], out: &mut [f32]) {
-        kernels::layer_norm(x, &self.gain, &self.bias, LAYER_NORM_EPS, out);
+        rows::layer_norm(x, &self.gain, &self.bias, LAYER_NORM_EPS, out);
     }
 
+    /// Adds the gradient to `dx`.
     pub(crate) fn backward(&self, x: &[f32], dy: &[f32], dx: &mut [f32]) {
-        kernels::layer_norm_backward(x, &self.gain, LAYER_NORM_EPS, dy, dx);
+        rows::layer_norm_backward(x, &self.gain, LAYER_NORM_EPS, dy, dx);
     }
 }
 
@@ -553,7 +586,25 @@ pub fn log_softmax(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// [`Error::Data`] if a label is not below `n_cls` or the batch is empty.
 pub fn cross_entropy(logits: &Tensor, labels: &[u32]) -> Result<Tensor> {
-    let (batch, n_cls) = logits.dims2()?;
+    negative_log_likelihood(&log_softmax(logits)?, labels)
+}
+
+/// Mean over the batch of `−log p` at the label, from `log_probs (batch, n_cls)`.
+///
+/// # Errors
+/// As [`cross_entropy`].
+pub fn negative_log_likelihood(log_probs: &Tensor, labels: &[u32]) -> Result<Tensor> {
+    let (batch, n_cls) = log_probs.dims2()?;
+    check_labels(labels, batch, n_cls)?;
+    let labels = Tensor::new(labels, log_probs.device())?.unsqueeze(1)?;
+    Ok(log_probs.gather(&labels, 1)?.mean_all()?.neg()?)
+}
+
+/// Refuses labels that are not one class for each image.
+///
+/// # Errors
+/// [`Error::Data`] if a label is not below `n_cls`, their number is not `batch`, or there is none.
+pub fn check_labels(labels: &[u32], batch: usize, n_cls: usize) -> Result<()> {
     if batch != labels.len() || batch == 0 {
         return Err(Error::Data(format!(
             "{batch} rows of logits for {} labels",
@@ -563,8 +614,7 @@ pub fn cross_entropy(logits: &Tensor, labels: &[u32]) -> Result<Tensor> {
     if let Some(label) = labels.iter().find(|&&l| l as usize >= n_cls) {
         return Err(Error::Data(format!("label {label} with {n_cls} classes")));
     }
-    let labels = Tensor::new(labels, logits.device())?.unsqueeze(1)?;
-    Ok(log_softmax(logits)?.gather(&labels, 1)?.mean_all()?.neg()?)
+    Ok(())
 }
 
 /// Rows of unit length: plain division by the norm, as the authors do, no epsilon.
@@ -587,4 +637,175 @@ pub fn unit_length(x: &Tensor, what: &str) -> Result<Tensor> {
         }
     }
     Ok(x.broadcast_div(&norm)?)
+}
+
+/// Dot products of each image with its own set of text features: `image (batch, dim)`, `text (batch, n_cls, dim)` →
+/// `(batch, n_cls)`, differentiable.
+///
+/// # Errors
+/// If the shapes do not fit together.
+pub fn own_dots(image: &Tensor, text: &Tensor) -> Result<Tensor> {
+    Ok(text
+        .contiguous()?
+        .matmul(&image.unsqueeze(2)?.contiguous()?)?
+        .squeeze(2)?)
+}
+
+/// `1 − mean over rows of cos(aᵢ, bᵢ)` for rows of unit length, differentiable; from 0 to 2.
+///
+/// # Errors
+/// [`Error::Shape`] if the two do not have the same shape.
+pub fn cosine_distance(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    same_shape(a, b)?;
+    Ok((a * b)?.sum(D::Minus1)?.mean_all()?.affine(-1.0, 1.0)?)
+}
+
+/// Mean over rows of `‖aᵢ − bᵢ‖²`, differentiable; twice the [`cosine_distance`] where all rows are of unit length.
+///
+/// # Errors
+/// As [`cosine_distance`].
+pub fn squared_distance(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    same_shape(a, b)?;
+    Ok((a - b)?.sqr()?.sum(D::Minus1)?.mean_all()?)
+}
+
+fn same_shape(a: &Tensor, b: &Tensor) -> Result<()> {
+    match a.dims() == b.dims() {
+        true => Ok(()),
+        false => Err(Error::Shape {
+            what: "one of two sets of features to compare".into(),
+            found: b.dims().to_vec(),
+            expected: a.dims().to_vec(),
+        }),
+    }
+}
+
+/// Logarithm of the mean of `exp(x)` over the first axis, differentiable; exact where all are equal.
+///
+/// # Errors
+/// If `x` has no axis, or nothing on it.
+pub fn log_mean_exp(x: &Tensor) -> Result<Tensor> {
+    // The maximum only shifts; its own gradient cancels.
+    let max = x.max_keepdim(0)?.detach();
+    let mean = x.broadcast_sub(&max)?.exp()?.mean(0)?;
+    Ok((mean.log()? + max.squeeze(0)?)?)
+}
+
+/// Calls `f` with the number of every row of `x` and the row alone, in parallel, and puts the results below one another.
+///
+/// What a row gives has the same bits whatever rows are beside it, and no more than one row per thread is worked on.
+///
+/// # Errors
+/// The error of the first row that fails; [`Error::Data`] if there is no row.
+pub fn row_by_row(
+    x: &Tensor,
+    f: impl Fn(usize, &Tensor) -> Result<Tensor> + Sync,
+) -> Result<Tensor> {
+    let rows = x.dims().first().copied().unwrap_or(0);
+    if rows == 0 {
+        return Err(Error::Data("the batch holds no image".into()));
+    }
+    // All rows run, so that of several errors the first is told, not the quickest.
+    let results: Vec<Result<Tensor>> = (0..rows)
+        .into_par_iter()
+        .map(|row| f(row, &x.narrow(0, row, 1)?))
+        .collect();
+    let results = results.into_iter().collect::<Result<Vec<_>>>()?;
+    Ok(Tensor::cat(&results, 0)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Rng;
+    use candle_core::{Device, IndexOp, Var};
+
+    fn drawn(seed: u64, shape: impl Into<Shape>) -> Result<Tensor> {
+        let shape = shape.into();
+        let values = Rng::stream(seed, "test", &[]).normal(shape.elem_count());
+        let values: Vec<f32> = values.into_iter().map(|x| x as f32).collect();
+        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+    }
+
+    fn value(t: &Tensor) -> Result<f32> {
+        Ok(t.to_scalar()?)
+    }
+
+    #[test]
+    fn own_dots_are_the_diagonal_of_all_dots() -> Result<()> {
+        let (image, text) = (drawn(1, (3, 8))?, drawn(2, (3, 5, 8))?);
+        let own = own_dots(&image, &text)?;
+        for b in 0..3 {
+            let all = image.matmul(&text.i(b)?.t()?)?;
+            let error = (all.i(b)? - own.i(b)?)?.abs()?.max_all()?;
+            assert!(value(&error)? < 1e-5);
+        }
+        assert!(own_dots(&image, &text.narrow(0, 0, 2)?).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn distances_of_unit_rows_agree_and_pull_along_the_sphere() -> Result<()> {
+        let b = unit_length(&drawn(2, (4, 8))?, "b")?;
+        let raw = Var::from_tensor(&drawn(1, (4, 8))?)?;
+        let a = unit_length(raw.as_tensor(), "a")?;
+        let cosine = cosine_distance(&a, &b)?;
+        let squared = squared_distance(&a, &b)?;
+        assert!((value(&squared)? - 2.0 * value(&cosine)?).abs() < 1e-5);
+        assert!((0.0..=2.0).contains(&value(&cosine)?));
+        assert!(value(&cosine_distance(&b, &b)?)?.abs() < 1e-6);
+        assert!((value(&cosine_distance(&b.neg()?, &b)?)? - 2.0).abs() < 1e-6);
+        // Only the direction of a row counts, so the gradient is orthogonal to the row.
+        let gradients = cosine.backward()?;
+        let g = gradients.get(raw.as_tensor()).cloned();
+        let g = g.ok_or_else(|| Error::Data("no gradient".into()))?;
+        let along = (&g * raw.as_tensor())?.sum(1)?.abs()?.max_all()?;
+        assert!(value(&along)? < 1e-6 && value(&g.abs()?.max_all()?)? > 1e-3);
+        assert!(cosine_distance(&a, &b.narrow(0, 0, 3)?).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn the_mean_of_exponentials_stays_in_range() -> Result<()> {
+        let x = drawn(1, (5, 3, 4))?;
+        let plain = x.exp()?.mean(0)?.log()?;
+        let error = (log_mean_exp(&x)? - plain)?.abs()?.max_all()?;
+        assert!(value(&error)? < 1e-5);
+        // Jensen: the mean of the logarithms is below.
+        let gap = (log_mean_exp(&x)? - x.mean(0)?)?.min_all()?;
+        assert!(value(&gap)? > 0.0);
+        let far = (x.narrow(0, 0, 1)? * 1000.0)?;
+        let same = log_mean_exp(&far.repeat((4, 1, 1))?)?;
+        let error = (same - far.squeeze(0)?)?.abs()?.max_all()?;
+        assert_eq!(value(&error)?, 0.0);
+        // Its gradient is a softmax over the first axis.
+        let var = Var::from_tensor(&x)?;
+        let gradients = log_mean_exp(var.as_tensor())?.sum_all()?.backward()?;
+        let g = gradients.get(var.as_tensor()).cloned();
+        let g = g.ok_or_else(|| Error::Data("no gradient".into()))?;
+        let softmax = softmax(&x.transpose(0, 2)?.contiguous()?)?.transpose(0, 2)?;
+        assert!(value(&(g - softmax)?.abs()?.max_all()?)? < 1e-6);
+        Ok(())
+    }
+
+    #[test]
+    fn rows_are_alone_and_in_order() -> Result<()> {
+        let x = drawn(3, (7, 4))?;
+        let doubled = row_by_row(&x, |_, row| {
+            assert_eq!(row.dims(), [1, 4]);
+            Ok((row * 2.0)?)
+        })?;
+        let error = (doubled - (&x * 2.0)?)?.abs()?.max_all()?;
+        assert_eq!(value(&error)?, 0.0);
+        let numbers = row_by_row(&x, |i, _| Ok(Tensor::new(&[i as u32], &Device::Cpu)?))?;
+        assert_eq!(numbers.to_vec1::<u32>()?, [0, 1, 2, 3, 4, 5, 6]);
+        let first = x.i((2, 0))?.to_scalar::<f32>()?;
+        let failed = row_by_row(&x, |_, row| match value(&row.i((0, 0))?)? {
+            found if found == first => Err(Error::Data("this one".into())),
+            _ => Ok(row.clone()),
+        });
+        assert_eq!(failed.unwrap_err().to_string(), "this one");
+        assert!(row_by_row(&x.narrow(0, 0, 0)?, |_, row| Ok(row.clone())).is_err());
+        Ok(())
+    }
 }

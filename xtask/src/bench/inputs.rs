@@ -8,9 +8,9 @@ use candle_core::{DType, Device, Tensor};
 use cliptune_core::checkpoint::{self, Layout};
 use cliptune_core::prompt::placeholder;
 use cliptune_core::rng::Rng;
+use cliptune_core::templates::Ensemble;
 use cliptune_core::tokenizer::Tokenizer;
 use cliptune_core::{Arch, files};
-use cliptune_text_pt::templates::Ensemble;
 
 use super::names::names;
 use super::rows::{Row, Task};

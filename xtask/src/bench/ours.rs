@@ -14,20 +14,9 @@ use super::names::names;
 use super::rows::Task;
 use super::worker::{Job, Work};
 
-/// Whether the engine takes a memory budget.
-pub(super) const TAKES_BUDGET: bool = false;
-
-/// Bounds what a step may add to the process.
-fn set_budget(_clip: &mut Clip, _bytes: Option<u64>) {}
-
-/// What a forward and backward pass of the prompts will add to the process, in bytes.
-fn forecast(_clip: &Clip, _prompts: &Prompts) -> Result<Option<u64>> {
-    Ok(None)
-}
-
 pub(super) fn work(job: &Job, budget: Option<u64>) -> Result<Box<dyn Work>> {
     let mut clip = Clip::load(&job.weights)?;
-    set_budget(&mut clip, budget);
+    clip.set_memory_budget(budget);
     let inputs = inputs::read(&job.inputs)?;
     Ok(match job.task {
         Task::Coop { classes, n_ctx, .. } => Box::new(Coop::new(clip, &inputs, classes, n_ctx)?),
@@ -118,7 +107,7 @@ impl Work for Coop {
         let prompts = self
             .classes
             .weave(ctx.tensor(), &words, ClassTokenPosition::End)?;
-        forecast(&self.clip, &prompts)
+        Ok(Some(self.clip.text().forecast(&prompts)?.bytes()))
     }
 }
 
@@ -207,7 +196,7 @@ impl Work for Cocoop {
     }
 
     fn forecast(&self) -> Result<Option<u64>> {
-        forecast(&self.clip, &self.prompts()?)
+        Ok(Some(self.clip.text().forecast(&self.prompts()?)?.bytes()))
     }
 }
 
@@ -234,7 +223,7 @@ impl Work for ZeroShot {
     }
 
     fn forecast(&self) -> Result<Option<u64>> {
-        forecast(&self.clip, &self.prompts)
+        Ok(Some(self.clip.text().forecast(&self.prompts)?.bytes()))
     }
 }
 

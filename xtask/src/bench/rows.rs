@@ -93,6 +93,8 @@ pub(super) enum Task {
 /// Which published sizes the weights have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Sizes {
+    /// ViT-B/16's text tower. Cached features need no image tower: a small one stands in, for every contender.
+    VitB16Text,
     VitB16,
     Rn50,
 }
@@ -100,6 +102,7 @@ pub(super) enum Sizes {
 impl Sizes {
     pub(super) fn slug(self) -> &'static str {
         match self {
+            Self::VitB16Text => "vit-b16-text",
             Self::VitB16 => "vit-b16",
             Self::Rn50 => "rn50",
         }
@@ -113,7 +116,7 @@ impl Sizes {
                 width: 768,
                 patch_size: 16,
             },
-            (Self::VitB16, true) => VisionArch::Vit {
+            (Self::VitB16Text, _) | (Self::VitB16, true) => VisionArch::Vit {
                 layers: 1,
                 width: 64,
                 patch_size: 16,
@@ -128,7 +131,7 @@ impl Sizes {
             },
         };
         let embed_dim = match self {
-            Self::VitB16 => 512,
+            Self::VitB16Text | Self::VitB16 => 512,
             Self::Rn50 => 1024,
         };
         Arch {
@@ -169,7 +172,7 @@ impl Row {
                 name: "coop-100",
                 title: "CoOp step: 100 classes, 16 context tokens, batch 32, cached image features",
                 note: "Forward, loss and the context's gradient. \"Cut\" is PyTorch with the prompts cut to the longest of them.",
-                sizes: Sizes::VitB16,
+                sizes: Sizes::VitB16Text,
                 task: coop(100),
             },
             Self {
@@ -179,14 +182,14 @@ impl Row {
                        pass of one such graph a round, times 10. Summed gradients also need all features before the loss, so \
                        one more forward pass, which is made in the check but not counted in the time. candle's \
                        check covers the features of the first 100 classes.",
-                sizes: Sizes::VitB16,
+                sizes: Sizes::VitB16Text,
                 task: coop(1000),
             },
             Self {
                 name: "cocoop",
                 title: "CoCoOp step: 50 classes, 4 context tokens, batch 4, cached image features",
                 note: "Forward, loss and the gradients of context and meta-network. PyTorch and candle loop over the images, as the authors do.",
-                sizes: Sizes::VitB16,
+                sizes: Sizes::VitB16Text,
                 task: Task::Cocoop {
                     classes: 50,
                     n_ctx: 4,
@@ -198,7 +201,7 @@ impl Row {
                 title: "Zero-shot class features: a sample of 8 templates × 40 names",
                 note: "Every tenth of the 80 ImageNet templates and 40 of the 1,000 names; no gradient. PyTorch and candle encode \
                        80 prompts at a time, class by class; we all at once, each template's beginning shared.",
-                sizes: Sizes::VitB16,
+                sizes: Sizes::VitB16Text,
                 task: Task::ZeroShot {
                     templates: 8,
                     names: 40,

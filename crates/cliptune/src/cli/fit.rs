@@ -66,6 +66,10 @@ pub(crate) struct Fit {
     #[arg(long, help_heading = "Data")]
     no_cache: bool,
 
+    /// Megabytes that a training step may take beside the weights; what does not fit is computed twice [default: no limit]
+    #[arg(long, value_name = "MB", help_heading = "Machine")]
+    memory: Option<u64>,
+
     /// Passes over the training images: train.epochs [default: the method's]
     #[arg(long, value_name = "N", help_heading = "Training")]
     epochs: Option<usize>,
@@ -109,6 +113,8 @@ struct Plan {
     fresh: bool,
     checkpoint: CheckpointPlan,
     storage: StorageName,
+    /// In megabytes.
+    memory: Option<u64>,
     threads: Option<usize>,
     quiet: bool,
 }
@@ -197,6 +203,7 @@ impl Fit {
                 every,
             },
             storage: self.machine.storage.or(file.storage).unwrap_or_default(),
+            memory: self.memory.or(file.memory),
             threads: self.machine.threads.or(file.threads),
             quiet: self.machine.quiet || file.quiet.unwrap_or(false),
         })
@@ -237,7 +244,8 @@ impl Plan {
             std::fs::remove_file(path).with_context(|| path.display().to_string())?;
         }
 
-        let clip = model::load(&self.clip, self.storage, self.quiet)?;
+        let mut clip = model::load(&self.clip, self.storage, self.quiet)?;
+        clip.set_memory_budget(self.memory.map(|mb| mb.saturating_mul(1_000_000)));
         let labelled = self.encode(&clip, &draw.labelled)?;
         let predictor = self.train(&clip, &labelled)?;
         let (train_accuracy, val_accuracy) = accuracies(predictor.as_ref(), &clip, &labelled)?;

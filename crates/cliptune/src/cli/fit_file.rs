@@ -31,6 +31,7 @@ pub(crate) struct FitFile {
     pub(crate) skip_bad_images: Option<bool>,
     pub(crate) fresh: Option<bool>,
     pub(crate) quiet: Option<bool>,
+    pub(crate) memory: Option<u64>,
     pub(crate) threads: Option<usize>,
     config: Option<toml::Table>,
     /// The method's settings: `config`, with the lines.
@@ -153,14 +154,14 @@ mod tests {
 
     #[test]
     fn everything_can_be_said() -> Result<()> {
-        let text = "clip = \"w.pt\"\nimages = \"/data\"\nmethod = \"coop\"\nshots = 4\nseed = 2\nsubset = \"base\"\nstorage = \"f16\"\nbatch = 8\n\n[config]\nn_ctx = 4\ntrain.lr = 1.0\n[config.train.optimizer]\nkind = \"adam\"\n";
+        let text = "clip = \"w.pt\"\nimages = \"/data\"\nmethod = \"coop\"\nshots = 4\nseed = 2\nsubset = \"base\"\nstorage = \"f16\"\nmemory = 400\nbatch = 8\n\n[config]\nn_ctx = 4\ntrain.lr = 1.0\n[config.train.optimizer]\nkind = \"adam\"\n";
         let file = FitFile::parse(text, "fit.toml")?;
-        assert_eq!(file.shots, Some(4));
+        assert_eq!((file.shots, file.memory), (Some(4), Some(400)));
         let shown = format!("{:?}", file.settings);
-        assert!(shown.contains("fit.toml:8: batch = 8"), "{shown}");
-        assert!(shown.contains("fit.toml:11: config.n_ctx = 4"), "{shown}");
+        assert!(shown.contains("fit.toml:9: batch = 8"), "{shown}");
+        assert!(shown.contains("fit.toml:12: config.n_ctx = 4"), "{shown}");
         assert!(
-            shown.contains("fit.toml:14: config.train.optimizer.kind = "),
+            shown.contains("fit.toml:15: config.train.optimizer.kind = "),
             "{shown}"
         );
         Ok(())

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, IndexOp, Tensor};
+use half::f16;
+use rayon::prelude::*;
 
 use crate::kernels::Stored;
 use crate::ops::{self, FrozenLinear, FrozenNorm, LayerNorm, Linear};
@@ -34,11 +36,6 @@ impl Weights {
             learned: true,
             ..Self::new(path, tensors, DType::F32)
         }
-    }
-
-    /// The type in which frozen matrices are kept.
-    pub(crate) fn storage(&self) -> DType {
-        self.storage
     }
 
     /// Whether layers hold variables.
@@ -86,6 +83,24 @@ impl Weights {
         let tensor = self.take(name)?;
         self.expect(name, &tensor, shape)?;
         keep(&tensor, self.storage)
+    }
+
+    /// A table of rows in the storage type, or in 16 bits where that loses nothing.
+    pub(crate) fn table(&self, tensor: &Tensor) -> Result<Tensor> {
+        if self.storage != DType::F32 || matches!(tensor.dtype(), DType::F16 | DType::BF16) {
+            return Ok(match self.storage {
+                DType::F32 => tensor.clone(),
+                storage => tensor.to_dtype(storage)?,
+            });
+        }
+        let tensor = tensor.to_dtype(DType::F32)?;
+        let short = ops::with_values(&tensor, |values| {
+            values.par_iter().all(|x| f16::from_f32(*x).to_f32() == *x)
+        })?;
+        Ok(match short {
+            true => tensor.to_dtype(DType::F16)?,
+            false => tensor,
+        })
     }
 
     /// A matrix made of several tensors, in the storage type.
@@ -258,4 +273,14 @@ pub(crate) struct FrozenBlock<'a> {
     pub(crate) c_fc: &'a FrozenLinear,
     pub(crate) c_proj: &'a FrozenLinear,
     pub(crate) activation: Activation,
+}
+
+impl FrozenBlock<'_> {
+    /// Bytes of the layouts for the way back that are not there yet.
+    pub(crate) fn bytes_to_come(&self) -> usize {
+        [self.in_proj, self.out_proj, self.c_fc, self.c_proj]
+            .iter()
+            .map(|l| l.bytes_to_come())
+            .sum()
+    }
 }

@@ -4,6 +4,7 @@ mod block;
 mod resnet;
 mod text;
 mod vit;
+mod vit_run;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,10 +15,12 @@ use rayon::prelude::*;
 use self::block::Weights;
 use self::resnet::ResNet;
 use self::vit::Vit;
+use self::vit_run::Wanted;
 use crate::{Arch, Checkpoint, Error, Params, Preprocess, Result, VisionArch, checkpoint, ops};
 
 pub(crate) use self::block::{Block, FrozenBlock};
 pub use self::text::{Probe, TextTower};
+pub use crate::engine::memory::{Forecast, Policy};
 
 /// How frozen weights are kept in memory. Computation is always in f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -145,6 +148,15 @@ impl Clip {
         })
     }
 
+    /// Bounds what a forward and backward pass over prompts may take, in bytes beside the weights; `None`, the default, is no
+    /// bound.
+    ///
+    /// A pass that would take more runs its prompts twice instead of keeping what it needs for the way back, and fewer of
+    /// them at a time: slower, with the same bits. See [`TextTower::forecast`].
+    pub fn set_memory_budget(&mut self, bytes: Option<u64>) {
+        self.text.set_memory_budget(bytes);
+    }
+
     /// The text tower.
     pub fn text(&self) -> &TextTower {
         &self.text
@@ -242,6 +254,7 @@ impl ImageTower {
     fn expect(&self, pixels: &Tensor) -> Result<()> {
         let r = self.resolution;
         match *pixels.dims() {
+            [0, ..] => Err(Error::Data("the batch holds no image".into())),
             [_, 3, h, w] if (h, w) == (r, r) => Ok(()),
             _ => Err(Error::Shape {
                 what: "batch of images".into(),
@@ -256,18 +269,18 @@ impl ImageTower {
     /// An image's feature has the same bits whatever stands beside it in the batch.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the pixels are not of the tower's resolution.
+    /// [`Error::Shape`] if the pixels are not of the tower's resolution, [`Error::Data`] if there is no image.
     pub fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
         self.expect(pixels)?;
-        each_image(pixels, |image| match &self.tower {
-            Tower::Vit(tower) => tower.encode(image, &mut |_, _| Ok(())),
-            Tower::ResNet(tower) => tower.encode(image, &mut |_, _| Ok(())),
-        })
+        match &self.tower {
+            Tower::Vit(tower) => tower.features(pixels, Wanted::ClassToken),
+            Tower::ResNet(tower) => tower.features(pixels, resnet::Wanted::Pooled),
+        }
     }
 
     /// As [`ImageTower::encode`], showing every hidden state to `probe`.
     ///
-    /// The batch goes through the tower as a whole, so the last bits may differ from those of [`ImageTower::encode`].
+    /// A ViT takes the batch as a whole, so the last bits may differ from those of [`ImageTower::encode`].
     ///
     /// Names are `conv1`, `ln_pre`, `block0`, ..., `ln_post` (ViT) and `stem`, `layer1`, ..., `layer4` (ResNet).
     ///
@@ -289,10 +302,15 @@ impl ImageTower {
     /// As [`ImageTower::encode`].
     pub fn encode_dense(&self, pixels: &Tensor) -> Result<Tensor> {
         self.expect(pixels)?;
-        each_image(pixels, |image| match &self.tower {
-            Tower::Vit(tower) => tower.encode_dense(image),
-            Tower::ResNet(tower) => tower.encode_dense(image, true),
-        })
+        match &self.tower {
+            Tower::Vit(tower) => tower.features(pixels, Wanted::EveryToken),
+            Tower::ResNet(tower) => tower.features(
+                pixels,
+                resnet::Wanted::Every {
+                    with_positions: true,
+                },
+            ),
+        }
     }
 
     /// Raw features of every image's class token and the *value-path* features of chosen patches, from an image tower that
@@ -325,7 +343,7 @@ impl ImageTower {
         let (_, _, h, w) = pixels.dims4()?;
         match &self.tower {
             Tower::ResNet(tower) if h % 32 == 0 && w % 32 == 0 && h * w > 0 => {
-                tower.encode_dense(pixels, with_positions)
+                tower.features(pixels, resnet::Wanted::Every { with_positions })
             }
             Tower::ResNet(_) => Err(Error::Data(format!(
                 "a ResNet takes sides that 32 divides, not {h}×{w}"
@@ -340,7 +358,7 @@ impl ImageTower {
     /// [`Error::Data`] for a ViT.
     pub fn last_stage(&self, pixels: &Tensor) -> Result<Tensor> {
         match &self.tower {
-            Tower::ResNet(tower) => tower.last_stage(pixels, &mut |_, _| Ok(())),
+            Tower::ResNet(tower) => tower.last_stage(pixels),
             Tower::Vit(_) => Err(Error::Data("a ViT has no last stage".into())),
         }
     }
@@ -375,11 +393,7 @@ fn each_image(
     pixels: &Tensor,
     encode: impl Fn(&Tensor) -> Result<Tensor> + Sync,
 ) -> Result<Tensor> {
-    let batch = pixels.dims().first().copied().unwrap_or(0);
-    if batch == 0 {
-        return Err(Error::Data("the batch holds no image".into()));
-    }
-    let features: Vec<Tensor> = (0..batch)
+    let features: Vec<Tensor> = (0..pixels.dim(0)?)
         .into_par_iter()
         .map(|i| encode(&pixels.narrow(0, i, 1)?))
         .collect::<Result<_>>()?;

@@ -1,100 +1,63 @@
 //! OpenAI's modified ResNet: a stem of three convolutions, anti-aliased strides, and an attention pool.
 
-use candle_core::{IndexOp, Tensor};
+use candle_core::Tensor;
+use rayon::prelude::*;
 
 use super::block::Weights;
 use super::text::Probe;
-use crate::kernels::{self, ConvSizes, Stored};
-use crate::ops::{self, Linear};
-use crate::{Arch, HEAD_WIDTH, Result};
+use super::vit_run::attend;
+use crate::engine::buffers::{Buffers, Cut};
+use crate::kernels::{Conv, ConvSizes, Finish, average_pool, rows};
+use crate::ops::{FrozenLinear, Threads, with_values};
+use crate::{Arch, Error, Result};
 
-/// A frozen convolution with its BatchNorm, which only scales and shifts.
-#[derive(Debug)]
-struct ConvBn {
-    weight: Stored,
-    scale: Vec<f32>,
-    shift: Vec<f32>,
-    channels: usize,
-    filters: usize,
+/// A convolution and the BatchNorm behind it.
+fn conv_bn(
+    w: &mut Weights,
+    conv: &str,
+    bn: &str,
+    (channels, filters): (usize, usize),
     kernel: usize,
-}
-
-impl ConvBn {
+    stride: usize,
+) -> Result<Conv> {
     const EPS: f32 = 1e-5;
-
-    fn load(
-        w: &mut Weights,
-        conv: &str,
-        bn: &str,
-        channels: usize,
-        filters: usize,
-        kernel: usize,
-    ) -> Result<Self> {
-        let weight = w.stored(
-            &format!("{conv}.weight"),
-            &[filters, channels, kernel, kernel],
-        )?;
-        let mut part = |name: &str| w.values(&format!("{bn}.{name}"), &[filters]);
-        let (gain, bias, mean, variance) = (
-            part("weight")?,
-            part("bias")?,
-            part("running_mean")?,
-            part("running_var")?,
-        );
-        let scale: Vec<f32> = gain
-            .iter()
-            .zip(&variance)
-            .map(|(g, v)| g / (v + Self::EPS).sqrt())
-            .collect();
-        let shift = bias
-            .iter()
-            .zip(&mean)
-            .zip(&scale)
-            .map(|((b, m), s)| b - m * s)
-            .collect();
-        Ok(Self {
-            weight,
-            scale,
-            shift,
-            channels,
-            filters,
-            kernel,
-        })
-    }
-
-    /// `(batch, channels, h, w)` → `(batch, filters, h', w')`.
-    fn forward(&self, x: &Tensor, stride: usize, relu: bool) -> Result<Tensor> {
-        let (batch, _, height, width) = x.dims4()?;
-        let sizes = ConvSizes {
-            channels: self.channels,
-            side: (height, width),
-            filters: self.filters,
-            kernel: self.kernel,
-            stride,
-            padding: self.kernel / 2,
-        };
-        let (h, w) = sizes.out_side();
-        ops::map(x, (batch, self.filters, h, w), |x, out| {
-            kernels::conv(x, sizes, &self.weight, &self.scale, &self.shift, relu, out);
-        })
-    }
-}
-
-fn average_pool(x: &Tensor, factor: usize) -> Result<Tensor> {
-    if factor == 1 {
-        return Ok(x.clone());
-    }
-    let (batch, channels, h, w) = x.dims4()?;
-    ops::map(x, (batch, channels, h / factor, w / factor), |x, out| {
-        kernels::average_pool(x, (h, w), factor, out)
-    })
+    let weight = w.stored(
+        &format!("{conv}.weight"),
+        &[filters, channels, kernel, kernel],
+    )?;
+    let mut part = |name: &str| w.values(&format!("{bn}.{name}"), &[filters]);
+    let (gain, bias, mean, variance) = (
+        part("weight")?,
+        part("bias")?,
+        part("running_mean")?,
+        part("running_var")?,
+    );
+    let scale: Vec<f32> = gain
+        .iter()
+        .zip(&variance)
+        .map(|(g, v)| g / (v + EPS).sqrt())
+        .collect();
+    let shift = bias
+        .iter()
+        .zip(&mean)
+        .zip(&scale)
+        .map(|((b, m), s)| b - m * s)
+        .collect();
+    let sizes = ConvSizes {
+        channels,
+        filters,
+        kernel,
+        stride,
+    };
+    Ok(Conv::new(sizes, &weight, scale, shift))
 }
 
 #[derive(Debug)]
 struct Bottleneck {
-    convs: [ConvBn; 3],
-    downsample: Option<ConvBn>,
-    stride: usize,
+    convs: [Conv; 3],
+    downsample: Option<Conv>,
+    /// Side of the squares that are averaged.
+    pool: usize,
 }
 
 impl Bottleneck {
@@ -103,48 +66,92 @@ impl Bottleneck {
         prefix: &str,
         channels: usize,
         planes: usize,
-        stride: usize,
+        pool: usize,
     ) -> Result<Self> {
-        let mut conv = |i: usize, channels, filters, kernel| {
-            ConvBn::load(
-                w,
-                &format!("{prefix}.conv{i}"),
-                &format!("{prefix}.bn{i}"),
-                channels,
-                filters,
-                kernel,
-            )
+        let mut conv = |i: usize, sizes, kernel| {
+            let (conv, bn) = (format!("{prefix}.conv{i}"), format!("{prefix}.bn{i}"));
+            conv_bn(w, &conv, &bn, sizes, kernel, 1)
         };
         let convs = [
-            conv(1, channels, planes, 1)?,
-            conv(2, planes, planes, 3)?,
-            conv(3, planes, 4 * planes, 1)?,
+            conv(1, (channels, planes), 1)?,
+            conv(2, (planes, planes), 3)?,
+            conv(3, (planes, 4 * planes), 1)?,
         ];
-        let downsample = if stride > 1 || channels != 4 * planes {
+        let downsample = if pool > 1 || channels != 4 * planes {
             let (conv, bn) = (
                 format!("{prefix}.downsample.0"),
                 format!("{prefix}.downsample.1"),
             );
-            Some(ConvBn::load(w, &conv, &bn, channels, 4 * planes, 1)?)
+            Some(conv_bn(w, &conv, &bn, (channels, 4 * planes), 1, 1)?)
         } else {
             None
         };
         Ok(Self {
             convs,
             downsample,
-            stride,
+            pool,
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let out = self.convs[0].forward(x, 1, true)?;
-        let out = average_pool(&self.convs[1].forward(&out, 1, true)?, self.stride)?;
-        let out = self.convs[2].forward(&out, 1, false)?;
-        let shortcut = match &self.downsample {
-            Some(conv) => conv.forward(&average_pool(x, self.stride)?, 1, false)?,
-            None => x.clone(),
-        };
-        Ok((out + shortcut)?.relu()?)
+    /// Replaces `room.x (height, width, channels)`, and gives the new height and width.
+    fn apply(&self, side: (usize, usize), room: &mut Room<'_>) -> (usize, usize) {
+        let Room {
+            x,
+            other,
+            inner: [a, b],
+            work,
+        } = room;
+        let [first, second, third] = &self.convs;
+        work.conv(first, x, side, Finish::Relu, a);
+        work.conv(second, a, side, Finish::Relu, b);
+        let mut out_side = side;
+        if self.pool > 1 {
+            out_side = average_pool(b, side, second.sizes().filters, self.pool, a);
+            std::mem::swap(a, b);
+        }
+        if let Some(conv) = &self.downsample {
+            if self.pool > 1 {
+                average_pool(x, side, conv.sizes().channels, self.pool, a);
+                std::mem::swap(a, x);
+            }
+            work.conv(conv, x, out_side, Finish::Linear, other);
+            std::mem::swap(x, other);
+        }
+        work.conv(third, b, out_side, Finish::AddRelu, x);
+        out_side
+    }
+}
+
+/// What one image needs on its way, cut from one buffer.
+struct Room<'a> {
+    /// The current activation, `(height, width, channels)`.
+    x: &'a mut [f32],
+    /// What becomes the next.
+    other: &'a mut [f32],
+    /// Activations inside a block.
+    inner: [&'a mut [f32]; 2],
+    work: Work<'a>,
+}
+
+/// How convolutions are computed.
+struct Work<'a> {
+    scratch: &'a mut [f32],
+    threads: Threads,
+}
+
+impl Work<'_> {
+    fn conv(
+        &mut self,
+        conv: &Conv,
+        x: &[f32],
+        side: (usize, usize),
+        finish: Finish,
+        out: &mut [f32],
+    ) -> (usize, usize) {
+        match self.threads {
+            Threads::One => conv.apply(x, side, finish, self.scratch, out),
+            Threads::All => conv.apply_parallel(x, side, finish, out),
+        }
     }
 }
 
@@ -152,10 +159,10 @@ impl Bottleneck {
 #[derive(Debug)]
 struct AttentionPool {
     /// `(1 + grid², channels)`.
-    positions: Tensor,
-    in_proj: Linear,
-    c_proj: Linear,
-    heads: usize,
+    positions: Vec<f32>,
+    in_proj: FrozenLinear,
+    c_proj: FrozenLinear,
+    channels: usize,
     grid: usize,
 }
 
@@ -170,47 +177,62 @@ impl AttentionPool {
             )?);
             bias.extend(w.values(&format!("visual.attnpool.{name}.bias"), &[channels])?);
         }
-        let weight = w.keep(&Tensor::cat(&weight, 0)?)?;
+        let in_proj = w.keep(&Tensor::cat(&weight, 0)?)?;
+        let name = "visual.attnpool.c_proj";
+        let c_proj = w.stored(&format!("{name}.weight"), &[arch.embed_dim, channels])?;
+        let c_bias = w.values(&format!("{name}.bias"), &[arch.embed_dim])?;
         Ok(Self {
-            positions: w.tensor(
+            positions: w.values(
                 "visual.attnpool.positional_embedding",
                 &[1 + grid * grid, channels],
             )?,
-            in_proj: Linear::frozen(weight, Some(bias), (3 * channels, channels)),
-            c_proj: w.linear("visual.attnpool.c_proj", (arch.embed_dim, channels))?,
-            heads: channels / HEAD_WIDTH,
+            in_proj: FrozenLinear::new(in_proj, Some(bias), (3 * channels, channels)),
+            c_proj: FrozenLinear::new(c_proj, Some(c_bias), (arch.embed_dim, channels)),
+            channels,
             grid,
         })
     }
 
-    /// `(batch, channels, h, w)` → `(batch, 1 + h·w, embed_dim)`, the pooled feature first.
-    fn forward(&self, x: &Tensor, with_positions: bool) -> Result<Tensor> {
-        let (batch, channels, h, w) = x.dims4()?;
-        let tokens = x
-            .reshape((batch, channels, h * w))?
-            .transpose(1, 2)?
-            .contiguous()?;
-        let mut tokens = Tensor::cat(&[&tokens.mean_keepdim(1)?, &tokens], 1)?;
-        if with_positions {
-            tokens = tokens.broadcast_add(&self.positions_for(h, w)?)?;
+    /// `room.x (height, width, channels)` → as many features as `out` has room for, the pooled one first, then the pixels'.
+    fn apply(
+        &self,
+        (h, w): (usize, usize),
+        positions: Option<&[f32]>,
+        room: &mut Room<'_>,
+        out: &mut [f32],
+    ) {
+        let (channels, threads) = (self.channels, room.work.threads);
+        let (rows, asking) = (1 + h * w, out.len() / self.c_proj.out_width());
+        let pixels = &room.x[..h * w * channels];
+        let tokens = &mut room.other[..rows * channels];
+        let (mean, others) = tokens.split_at_mut(channels);
+        others.copy_from_slice(pixels);
+        mean.fill(0.0);
+        for pixel in pixels.chunks_exact(channels) {
+            rows::add_into(mean, pixel);
         }
-        self.c_proj.forward(&ops::attention(
-            &self.in_proj.forward(&tokens)?,
-            self.heads,
-            false,
-        )?)
+        mean.iter_mut().for_each(|x| *x /= (h * w) as f32);
+        if let Some(positions) = positions {
+            rows::add_into(tokens, positions);
+        }
+        let [qkv, mixed] = &mut room.inner;
+        self.in_proj.apply(tokens, asking, qkv, threads);
+        if asking < rows {
+            self.in_proj.apply_keys(tokens, rows, qkv);
+        }
+        let mixed = &mut mixed[..asking * channels];
+        attend(qkv, (rows, channels), threads, room.x, mixed);
+        self.c_proj.apply(mixed, asking, out, threads);
     }
 
-    /// The position table for a grid of another size, as TaI-DPT and DualCoOp resize it.
-    fn positions_for(&self, h: usize, w: usize) -> Result<Tensor> {
+    /// The position table `(1 + h·w, channels)`, for a grid of another size resized as TaI-DPT and DualCoOp do it.
+    fn positions_for(&self, (h, w): (usize, usize)) -> Vec<f32> {
         if (h, w) == (self.grid, self.grid) {
-            return Ok(self.positions.clone());
+            return self.positions.clone();
         }
-        let channels = self.positions.dims()[1];
-        let grid = self.positions.i(1..)?.flatten_all()?.to_vec1::<f32>()?;
-        let resized = resize_grid(&grid, self.grid, channels, (h, w));
-        let resized = Tensor::from_vec(resized, (h * w, channels), self.positions.device())?;
-        Ok(Tensor::cat(&[&self.positions.i(..1)?, &resized], 0)?)
+        let (class, grid) = self.positions.split_at(self.channels);
+        let resized = resize_grid(grid, self.grid, self.channels, (h, w));
+        [class, &resized].concat()
     }
 }
 
@@ -259,9 +281,24 @@ fn cubic_weights(t: f32) -> [f32; 4] {
 
 #[derive(Debug)]
 pub(crate) struct ResNet {
-    stem: [ConvBn; 3],
+    stem: [Conv; 3],
     stages: Vec<Vec<Bottleneck>>,
     pool: AttentionPool,
+    /// Channels after the stem.
+    width: usize,
+    embed_dim: usize,
+}
+
+/// Which features are wanted.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Wanted {
+    /// The pooled one.
+    Pooled,
+    /// The pooled one and every pixel's.
+    Every {
+        /// Whether the pool adds its position table.
+        with_positions: bool,
+    },
 }
 
 impl ResNet {
@@ -271,20 +308,14 @@ impl ResNet {
         layers: [usize; 4],
         width: usize,
     ) -> Result<Self> {
-        let mut conv = |i: usize, channels, filters| {
-            ConvBn::load(
-                w,
-                &format!("visual.conv{i}"),
-                &format!("visual.bn{i}"),
-                channels,
-                filters,
-                3,
-            )
+        let mut conv = |i: usize, sizes, stride| {
+            let (conv, bn) = (format!("visual.conv{i}"), format!("visual.bn{i}"));
+            conv_bn(w, &conv, &bn, sizes, 3, stride)
         };
         let stem = [
-            conv(1, 3, width / 2)?,
-            conv(2, width / 2, width / 2)?,
-            conv(3, width / 2, width)?,
+            conv(1, (3, width / 2), 2)?,
+            conv(2, (width / 2, width / 2), 1)?,
+            conv(3, (width / 2, width), 1)?,
         ];
         let mut channels = width;
         let mut stages = Vec::with_capacity(4);
@@ -292,9 +323,9 @@ impl ResNet {
             let planes = width << stage;
             let mut loaded = Vec::with_capacity(blocks);
             for block in 0..blocks {
-                let stride = if stage > 0 && block == 0 { 2 } else { 1 };
+                let pool = if stage > 0 && block == 0 { 2 } else { 1 };
                 let prefix = format!("visual.layer{}.{block}", stage + 1);
-                loaded.push(Bottleneck::load(w, &prefix, channels, planes, stride)?);
+                loaded.push(Bottleneck::load(w, &prefix, channels, planes, pool)?);
                 channels = 4 * planes;
             }
             stages.push(loaded);
@@ -303,50 +334,164 @@ impl ResNet {
             stem,
             stages,
             pool: AttentionPool::load(w, arch, channels)?,
+            width,
+            embed_dim: arch.embed_dim,
         })
     }
 
-    /// What the attention pool reads: `(batch, 32·width, h/32, w/32)`.
-    pub(crate) fn last_stage(&self, pixels: &Tensor, probe: Probe<'_>) -> Result<Tensor> {
-        let mut x = self.stem[0].forward(pixels, 2, true)?;
-        for conv in &self.stem[1..] {
-            x = conv.forward(&x, 1, true)?;
+    fn convs(&self) -> impl Iterator<Item = &Conv> {
+        let blocks = self.stages.iter().flatten();
+        let blocks = blocks.flat_map(|b| b.convs.iter().chain(&b.downsample));
+        self.stem.iter().chain(blocks)
+    }
+
+    /// Height and width after the stem's pool and after every stage.
+    fn sides(&self, side: (usize, usize)) -> Vec<(usize, usize)> {
+        let (h, w) = self.stem[0].sizes().out_side(side);
+        let stages = self.stages.len() as u32;
+        // The first stage keeps the stem's.
+        let halvings = std::iter::once(1).chain(1..=stages);
+        halvings.map(|n| (h >> n, w >> n)).collect()
+    }
+
+    /// Features of every image by itself, `(batch, embed_dim)` or `(batch, 1 + h·w, embed_dim)`, the pooled one first.
+    pub(crate) fn features(&self, pixels: &Tensor, wanted: Wanted) -> Result<Tensor> {
+        let (batch, _, h, w) = pixels.dims4()?;
+        let grid = self.sides((h, w)).last().copied().unwrap_or((0, 0));
+        let (rows, with_positions) = match wanted {
+            Wanted::Pooled => (1, true),
+            Wanted::Every { with_positions } => (1 + grid.0 * grid.1, with_positions),
+        };
+        let positions = with_positions.then(|| self.pool.positions_for(grid));
+        let features = self.each_image(pixels, rows * self.embed_dim, |image, room, out| {
+            self.walk(image, (h, w), room, &mut |_, _| {});
+            self.pool.apply(grid, positions.as_deref(), room, out);
+        })?;
+        let shape = match wanted {
+            Wanted::Pooled => vec![batch, self.embed_dim],
+            Wanted::Every { .. } => vec![batch, rows, self.embed_dim],
+        };
+        Ok(Tensor::from_vec(features, shape, pixels.device())?)
+    }
+
+    /// The pooled feature, `(batch, embed_dim)`, with a look at the hidden states.
+    pub(crate) fn encode(&self, pixels: &Tensor, probe: Probe<'_>) -> Result<Tensor> {
+        for i in 0..=self.stages.len() {
+            let name = match i {
+                0 => "stem".to_owned(),
+                stage => format!("layer{stage}"),
+            };
+            probe(&name, &self.state(pixels, i)?)?;
         }
-        x = average_pool(&x, 2)?;
-        probe("stem", &x)?;
+        self.features(pixels, Wanted::Pooled)
+    }
+
+    /// What the attention pool reads: `(batch, 32·width, h/32, w/32)`.
+    pub(crate) fn last_stage(&self, pixels: &Tensor) -> Result<Tensor> {
+        self.state(pixels, self.stages.len())
+    }
+
+    /// What stage `stage`, counted from 1, gives, or for 0 the stem: `(batch, channels, h, w)`.
+    fn state(&self, pixels: &Tensor, stage: usize) -> Result<Tensor> {
+        let (batch, _, h, w) = pixels.dims4()?;
+        let (oh, ow) = self.sides((h, w))[stage];
+        let channels = match stage {
+            0 => self.width,
+            _ => (2 * self.width) << stage,
+        };
+        let values = self.each_image(pixels, oh * ow * channels, |image, room, out| {
+            self.walk(image, (h, w), room, &mut |i, x| {
+                if i == stage {
+                    out.copy_from_slice(&x[..out.len()]);
+                }
+            });
+        })?;
+        let state = Tensor::from_vec(values, (batch, oh, ow, channels), pixels.device())?;
+        Ok(state.permute((0, 3, 1, 2))?.contiguous()?)
+    }
+
+    /// Runs `f(image, room, output)` for every image, which gives `floats` numbers each.
+    fn each_image(
+        &self,
+        pixels: &Tensor,
+        floats: usize,
+        f: impl Fn(&[f32], &mut Room<'_>, &mut [f32]) + Sync,
+    ) -> Result<Vec<f32>> {
+        let (batch, channels, h, w) = pixels.dims4()?;
+        if channels != 3 {
+            return Err(Error::Shape {
+                what: "batch of images".into(),
+                found: pixels.dims().to_vec(),
+                expected: vec![batch, 3, h, w],
+            });
+        }
+        if pixels.track_op() {
+            let message = "a ResNet image tower has no gradient yet";
+            return Err(Error::Data(message.into()));
+        }
+        let threads = Threads::for_tasks(batch);
+        let (oh, ow) = self.stem[0].sizes().out_side((h, w));
+        // After the stem nothing is larger than what its last convolution gives.
+        let activation = (3 * h * w).max(oh * ow * self.width);
+        let scratch = match threads {
+            Threads::One => self.convs().map(Conv::scratch).max().unwrap_or(0),
+            Threads::All => 0,
+        };
+        let buffers = Buffers::default();
+        let mut all = vec![0.0; batch * floats];
+        with_values(pixels, |pixels| {
+            all.par_chunks_mut(floats.max(1))
+                .zip(pixels.par_chunks((3 * h * w).max(1)))
+                .with_max_len(1)
+                .for_each(|(out, image)| {
+                    let mut buffer = buffers.take(4 * activation + scratch);
+                    let mut cut = Cut::new(&mut buffer);
+                    let mut room = Room {
+                        x: cut.take(activation),
+                        other: cut.take(activation),
+                        inner: [cut.take(activation), cut.take(activation)],
+                        work: Work {
+                            scratch: cut.take(scratch),
+                            threads,
+                        },
+                    };
+                    f(image, &mut room, out);
+                    buffers.give(buffer);
+                });
+        })?;
+        Ok(all)
+    }
+
+    /// `image (3, h, w)` through stem and stages, to `room.x`; `see(i, x)` after the stem (0) and every stage.
+    fn walk(
+        &self,
+        image: &[f32],
+        side: (usize, usize),
+        room: &mut Room<'_>,
+        see: &mut dyn FnMut(usize, &[f32]),
+    ) {
+        let area = side.0 * side.1;
+        for (i, pixel) in room.x.chunks_exact_mut(3).take(area).enumerate() {
+            pixel.copy_from_slice(&[image[i], image[area + i], image[2 * area + i]]);
+        }
+        let mut side = side;
+        for conv in &self.stem {
+            side = room.work.conv(conv, room.x, side, Finish::Relu, room.other);
+            std::mem::swap(&mut room.x, &mut room.other);
+        }
+        side = average_pool(room.x, side, self.width, 2, room.other);
+        std::mem::swap(&mut room.x, &mut room.other);
+        see(0, room.x);
         for (i, stage) in self.stages.iter().enumerate() {
             for block in stage {
-                x = block.forward(&x)?;
+                side = block.apply(side, room);
             }
-            probe(&format!("layer{}", i + 1), &x)?;
+            see(i + 1, room.x);
         }
-        Ok(x)
-    }
-
-    /// Pooled and local features, `(batch, 1 + h·w, embed_dim)`, the pooled one first.
-    pub(crate) fn encode_dense(&self, pixels: &Tensor, with_positions: bool) -> Result<Tensor> {
-        self.pool.forward(
-            &self.last_stage(pixels, &mut |_, _| Ok(()))?,
-            with_positions,
-        )
-    }
-
-    /// The pooled feature, `(batch, embed_dim)`.
-    pub(crate) fn encode(&self, pixels: &Tensor, probe: Probe<'_>) -> Result<Tensor> {
-        Ok(self
-            .pool
-            .forward(&self.last_stage(pixels, probe)?, true)?
-            .i((.., 0))?
-            .contiguous()?)
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        let blocks = self
-            .stages
-            .iter()
-            .flatten()
-            .flat_map(|b| b.convs.iter().chain(&b.downsample));
-        let convs = self.stem.iter().chain(blocks).map(|c| c.weight.bytes());
-        convs.sum::<usize>() + self.pool.in_proj.bytes() + self.pool.c_proj.bytes()
+        let convs: usize = self.convs().map(Conv::bytes).sum();
+        convs + self.pool.in_proj.bytes() + self.pool.c_proj.bytes()
     }
 }

@@ -5,11 +5,13 @@ use std::sync::Arc;
 use candle_core::{DType, IndexOp, Tensor};
 
 use super::block::{Block, Weights};
-use crate::engine::Tower;
+use crate::engine::buffers::Buffers;
+use crate::engine::memory::Forecast;
 use crate::engine::plan::{CHUNK_ROWS, Chunk, Plan};
 use crate::engine::run::Wanted;
+use crate::engine::{self, Tape, Tower};
 use crate::ops::{LayerNorm, Linear};
-use crate::prompt::Prompts;
+use crate::prompt::{LaidOut, Prompts};
 use crate::tokenizer::Tokenizer;
 use crate::{Arch, Error, Result, VOCAB_SIZE};
 
@@ -19,7 +21,7 @@ pub type Probe<'a> = &'a mut dyn FnMut(&str, &Tensor) -> Result<()>;
 /// CLIP's text tower.
 #[derive(Debug)]
 pub struct TextTower {
-    /// `(vocab, width)`, kept in the storage type.
+    /// `(vocab, width)`, in 16 bits where that loses nothing.
     token_embedding: Tensor,
     /// `(context_length, width)`.
     positions: Tensor,
@@ -32,6 +34,10 @@ pub struct TextTower {
     vocab_size: usize,
     /// Whether its weights are learned themselves.
     learned: bool,
+    /// What a pass may take at most, in bytes.
+    memory_budget: Option<u64>,
+    /// What passes are computed in, from one to the next.
+    buffers: Arc<Buffers>,
 }
 
 impl TextTower {
@@ -49,7 +55,7 @@ impl TextTower {
                 expected,
             });
         }
-        let token_embedding = token_embedding.to_dtype(w.storage())?;
+        let token_embedding = w.table(&token_embedding)?;
         let blocks = (0..arch.text_layers).map(|i| {
             Block::load(
                 w,
@@ -69,6 +75,8 @@ impl TextTower {
             context_length: arch.context_length,
             vocab_size: arch.vocab_size,
             learned: w.is_learned(),
+            memory_budget: None,
+            buffers: Arc::default(),
         })
     }
 
@@ -120,11 +128,11 @@ impl TextTower {
     ///
     /// # Errors
     /// [`Error::PromptTooLong`] if a prompt has more tokens than the tower has positions, [`Error::Shape`] if a learned
-    /// tensor is not as wide as the tower.
+    /// tensor is not as wide as the tower, [`Error::NotFinite`] if it holds NaN or an infinity, [`Error::Memory`] if the memory budget is too small whatever is recomputed.
     pub fn encode(&self, prompts: &Prompts) -> Result<Tensor> {
         match self.learned {
             true => self.run_plainly(prompts, None),
-            false => self.run(prompts),
+            false => self.encode_in_chunks(prompts, CHUNK_ROWS),
         }
     }
 
@@ -169,17 +177,35 @@ impl TextTower {
         self.projection.forward(&self.ln_final.forward(&x)?)
     }
 
-    /// Through the prompt engine.
-    fn run(&self, prompts: &Prompts) -> Result<Tensor> {
+    /// Through the prompt engine, in chunks of about so many rows.
+    pub(crate) fn encode_in_chunks(&self, prompts: &Prompts, chunk_rows: usize) -> Result<Tensor> {
         let laid_out = prompts.lay_out(self)?;
-        let plan = Plan::new(&laid_out.prompts, CHUNK_ROWS);
+        let (plan, wanted) = Self::plan(&laid_out, chunk_rows);
+        let forecast = self.forecast_of(&laid_out, &plan, wanted)?;
         let device = laid_out.table.device();
-        let rows: Vec<u32> = plan.places.iter().map(|place| place.row).collect();
-        let positions = Tensor::new(plan.positions.as_slice(), device)?;
-        let inputs = (laid_out
-            .table
-            .index_select(&Tensor::new(rows, device)?, 0)?
-            + self.positions.index_select(&positions, 0)?)?;
+        let deep = match &laid_out.deep_table {
+            Some(table) => table.clone(),
+            None => Tensor::zeros((1, self.width), DType::F32, device)?,
+        };
+        let positions = self.positions.flatten_all()?.to_vec1()?;
+        let tower = Tower {
+            blocks: self.blocks.clone(),
+            positions: Arc::new(positions),
+            plan,
+            deep: laid_out.deep,
+            width: self.width,
+            wanted,
+            buffers: self.buffers.clone(),
+            forecast,
+            tape: Tape::default(),
+        };
+        let ends = tower.apply(&laid_out.table, &deep)?;
+        self.projection.forward(&self.ln_final.forward(&ends)?)
+    }
+
+    /// How the prompts are run, and which of their rows need gradients.
+    fn plan(laid_out: &LaidOut, chunk_rows: usize) -> (Plan, Wanted) {
+        let plan = Plan::new(&laid_out.prompts, chunk_rows);
         let learned = |chunks: &[Chunk]| {
             let mut places = chunks.iter().flat_map(|c| &plan.places[c.range()]);
             places.any(|p| p.row as usize >= laid_out.words || p.deep > 0)
@@ -188,13 +214,37 @@ impl TextTower {
             beginnings: learned(&plan.beginnings),
             endings: learned(&plan.endings),
         };
-        let deep = match &laid_out.deep_table {
-            Some(table) => table.clone(),
-            None => Tensor::zeros((1, self.width), DType::F32, device)?,
-        };
-        let tower = Tower::new(self.blocks.clone(), plan, laid_out.deep, self.width, wanted);
-        let ends = tower.apply(&inputs, &deep)?;
-        self.projection.forward(&self.ln_final.forward(&ends)?)
+        (plan, wanted)
+    }
+
+    fn forecast_of(&self, laid_out: &LaidOut, plan: &Plan, wanted: Wanted) -> Result<Forecast> {
+        let rows = |t: &Option<Tensor>| t.as_ref().map_or(Ok(0), |t| t.dim(0));
+        engine::forecast(
+            &self.blocks,
+            plan,
+            &laid_out.deep,
+            self.width,
+            wanted,
+            laid_out.table.dim(0)?,
+            rows(&laid_out.deep_table)?,
+            self.memory_budget,
+        )
+    }
+
+    /// What a forward and backward pass over the prompts will take, known before anything runs; of prompts with nothing
+    /// learned, a forward pass.
+    ///
+    /// # Errors
+    /// As [`TextTower::encode`]; [`Error::Memory`] if the budget is too small whatever is recomputed.
+    pub fn forecast(&self, prompts: &Prompts) -> Result<Forecast> {
+        let laid_out = prompts.lay_out(self)?;
+        let (plan, wanted) = Self::plan(&laid_out, CHUNK_ROWS);
+        self.forecast_of(&laid_out, &plan, wanted)
+    }
+
+    /// See [`crate::Clip::set_memory_budget`].
+    pub(crate) fn set_memory_budget(&mut self, bytes: Option<u64>) {
+        self.memory_budget = bytes;
     }
 
     /// Bytes of frozen weights held.

@@ -2,10 +2,11 @@
 
 use candle_core::{IndexOp, Tensor};
 
-use super::Glimpses;
 use super::block::{Block, Weights};
 use super::text::Probe;
-use crate::ops::{LayerNorm, Linear};
+use super::vit_run::{Runner, Wanted};
+use super::{Glimpses, each_image};
+use crate::ops::{LayerNorm, Linear, with_values};
 use crate::{Arch, Error, HEAD_WIDTH, Result};
 
 #[derive(Debug)]
@@ -21,6 +22,9 @@ pub(crate) struct Vit {
     projection: Linear,
     patch_size: usize,
     width: usize,
+    embed_dim: usize,
+    /// Pixels of a side.
+    side: usize,
 }
 
 impl Vit {
@@ -54,6 +58,8 @@ impl Vit {
             projection: w.projection("visual.proj", (width, arch.embed_dim))?,
             patch_size,
             width,
+            embed_dim: arch.embed_dim,
+            side: arch.image_resolution,
         })
     }
 
@@ -132,7 +138,58 @@ impl Vit {
         self.projection.forward(&self.ln_post.forward(&x)?)
     }
 
-    /// The class token's feature, `(batch, embed_dim)`.
+    /// Features of every image by itself: of the class token `(batch, embed_dim)`, or of every token
+    /// `(batch, 1 + grid², embed_dim)`.
+    pub(crate) fn features(&self, pixels: &Tensor, wanted: Wanted) -> Result<Tensor> {
+        let runner = match pixels.track_op() {
+            true => None,
+            false => self.runner()?,
+        };
+        let Some(runner) = runner else {
+            return each_image(pixels, |image| match wanted {
+                Wanted::ClassToken => self.encode(image, &mut |_, _| Ok(())),
+                Wanted::EveryToken => self.encode_dense(image),
+            });
+        };
+        let features = with_values(pixels, |pixels| runner.run(pixels, wanted))?;
+        let mut shape = vec![pixels.dim(0)?, self.embed_dim];
+        if let Wanted::EveryToken = wanted {
+            shape.insert(1, self.positions.dim(0)?);
+        }
+        Ok(Tensor::from_vec(features, shape, pixels.device())?)
+    }
+
+    /// The tower as plain loops, if no weight is learned.
+    fn runner(&self) -> Result<Option<Runner<'_>>> {
+        let parts = || {
+            Some((
+                self.patches.as_frozen()?,
+                self.ln_pre.as_frozen()?,
+                self.blocks
+                    .iter()
+                    .map(Block::frozen)
+                    .collect::<Option<_>>()?,
+                self.ln_post.as_frozen()?,
+                self.projection.as_frozen()?,
+            ))
+        };
+        let Some((patches, ln_pre, blocks, ln_post, projection)) = parts() else {
+            return Ok(None);
+        };
+        Ok(Some(Runner {
+            class_embedding: self.class_embedding.flatten_all()?.to_vec1()?,
+            positions: self.positions.flatten_all()?.to_vec1()?,
+            patches,
+            ln_pre,
+            blocks,
+            ln_post,
+            projection,
+            patch_size: self.patch_size,
+            side: self.side,
+        }))
+    }
+
+    /// The class token's feature, `(batch, embed_dim)`, the batch as a whole.
     pub(crate) fn encode(&self, pixels: &Tensor, probe: Probe<'_>) -> Result<Tensor> {
         let class = self.tokens(pixels, probe)?.i((.., 0))?.contiguous()?;
         let class = self.ln_post.forward(&class)?;
@@ -140,8 +197,8 @@ impl Vit {
         self.projection.forward(&class)
     }
 
-    /// Every token's feature, `(batch, 1 + grid², embed_dim)`.
-    pub(crate) fn encode_dense(&self, pixels: &Tensor) -> Result<Tensor> {
+    /// Every token's feature, `(batch, 1 + grid², embed_dim)`, the batch as a whole.
+    fn encode_dense(&self, pixels: &Tensor) -> Result<Tensor> {
         let x = self.tokens(pixels, &mut |_, _| Ok(()))?;
         self.projection.forward(&self.ln_post.forward(&x)?)
     }

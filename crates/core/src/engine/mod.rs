@@ -1,85 +1,154 @@
 //! The prompt engine: runs declared prompts through the frozen text tower, exactly, and what they share only once.
 //!
-//! [`plan`] finds out what has to be computed; [`run`] computes it, as one operation of candle's graph.
+//! [`plan`] finds out what has to be computed, [`memory`] what may be kept, and [`run`] computes it, as one operation of
+//! candle's graph.
 
+pub(crate) mod attend;
+pub(crate) mod buffers;
+pub(crate) mod memory;
 pub(crate) mod plan;
 pub(crate) mod run;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
 
+use self::buffers::Buffers;
+use self::memory::{Forecast, Policy};
 use self::plan::Plan;
-use self::run::{Deep, Runner, Tape, Wanted};
+use self::run::{Deep, Inputs, Runner, Wanted};
 use crate::Result;
 use crate::clip::{Block, FrozenBlock};
-use crate::ops::{from_values, values};
+use crate::ops::{from_values, values, with_values};
 
-/// The text tower's blocks under a plan, as one operation: input rows and deep rows in, the prompts' last rows out.
+/// The text tower's blocks under a plan, as one operation: tables of input rows and of deep rows in, the prompts' last rows
+/// out.
 pub(crate) struct Tower {
     pub(crate) blocks: Arc<Vec<Block>>,
+    /// `(context, width)`.
+    pub(crate) positions: Arc<Vec<f32>>,
     pub(crate) plan: Plan,
     pub(crate) deep: Deep,
     pub(crate) width: usize,
     pub(crate) wanted: Wanted,
+    pub(crate) buffers: Arc<Buffers>,
+    pub(crate) forecast: Forecast,
     /// What the forward pass keeps for the way back.
-    tape: Mutex<Option<Tape>>,
+    pub(crate) tape: Tape,
+}
+
+/// What a forward pass keeps.
+#[derive(Debug, Default)]
+pub(crate) struct Tape(Mutex<Vec<f32>>);
+
+impl Drop for Tower {
+    fn drop(&mut self) {
+        let tape = self
+            .tape
+            .0
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        self.buffers.give(std::mem::take(tape));
+    }
+}
+
+fn frozen(blocks: &[Block]) -> candle_core::Result<Vec<FrozenBlock<'_>>> {
+    let blocks: Option<Vec<FrozenBlock<'_>>> = blocks.iter().map(Block::frozen).collect();
+    blocks.ok_or_else(|| candle_core::Error::Msg("the engine runs frozen towers only".into()).bt())
+}
+
+/// What a pass over `plan` takes, in the fastest way that `budget` allows.
+#[allow(clippy::too_many_arguments)] // everything that a pass depends on
+pub(crate) fn forecast(
+    blocks: &[Block],
+    plan: &Plan,
+    deep: &Deep,
+    width: usize,
+    wanted: Wanted,
+    table: usize,
+    deep_table: usize,
+    budget: Option<u64>,
+) -> Result<Forecast> {
+    let blocks = frozen(blocks)?;
+    let buffers = Buffers::default();
+    let runner = Runner {
+        blocks: &blocks,
+        plan,
+        deep,
+        width,
+        wanted,
+        buffers: &buffers,
+        policy: Policy::SaveAll,
+        at_a_time: usize::MAX,
+    };
+    let threads = rayon::current_num_threads();
+    let (policy, at_a_time, step) = runner.parts(table, deep_table).choose(budget, threads)?;
+    let weights = match wanted.beginnings || wanted.endings {
+        true => blocks.iter().map(FrozenBlock::bytes_to_come).sum::<usize>(),
+        false => 0,
+    };
+    Ok(Forecast {
+        policy,
+        chunks_at_a_time: at_a_time,
+        rows: plan.rows(),
+        step,
+        weights: weights as u64,
+    })
 }
 
 impl Tower {
-    pub(crate) fn new(
-        blocks: Arc<Vec<Block>>,
-        plan: Plan,
-        deep: Deep,
-        width: usize,
-        wanted: Wanted,
-    ) -> Self {
-        Self {
-            blocks,
-            plan,
-            deep,
-            width,
-            wanted,
-            tape: Mutex::new(None),
-        }
-    }
-
-    /// `inputs (rows, width)` with positions added, `deep (deep rows, width)` → `(prompts, width)`.
-    pub(crate) fn apply(self, inputs: &Tensor, deep: &Tensor) -> Result<Tensor> {
-        let (inputs, deep) = (inputs.contiguous()?, deep.contiguous()?);
-        Ok(match inputs.track_op() || deep.track_op() {
-            true => inputs.apply_op2(&deep, self)?,
-            false => inputs.apply_op2_no_bwd(&deep, &Forward(self))?,
+    /// `table (rows, width)`, without positions, and `deep (deep rows, width)` → `(prompts, width)`.
+    pub(crate) fn apply(self, table: &Tensor, deep: &Tensor) -> Result<Tensor> {
+        let (table, deep) = (table.contiguous()?, deep.contiguous()?);
+        Ok(match table.track_op() || deep.track_op() {
+            true => table.apply_op2(&deep, self)?,
+            false => table.apply_op2_no_bwd(&deep, &ForwardOnly(self))?,
         })
     }
 
     /// Calls `f` with what runs the plan.
     fn run<T>(&self, f: impl FnOnce(Runner<'_>) -> T) -> candle_core::Result<T> {
-        let blocks: Option<Vec<FrozenBlock<'_>>> = self.blocks.iter().map(Block::frozen).collect();
-        let Some(blocks) = blocks else {
-            return Err(candle_core::Error::Msg("the engine runs frozen towers only".into()).bt());
-        };
+        let blocks = frozen(&self.blocks)?;
         Ok(f(Runner {
             blocks: &blocks,
             plan: &self.plan,
             deep: &self.deep,
             width: self.width,
+            wanted: self.wanted,
+            buffers: &self.buffers,
+            policy: self.forecast.policy,
+            at_a_time: self.forecast.chunks_at_a_time,
         }))
+    }
+
+    fn inputs<'a>(&'a self, table: &'a [f32], deep: &'a [f32]) -> Inputs<'a> {
+        Inputs {
+            table,
+            positions: &self.positions,
+            deep,
+        }
     }
 
     fn forward(
         &self,
-        (inputs, inputs_layout): (&CpuStorage, &Layout),
+        (table, table_layout): (&CpuStorage, &Layout),
         (deep, deep_layout): (&CpuStorage, &Layout),
         keep: bool,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (inputs, deep) = (values(inputs, inputs_layout)?, values(deep, deep_layout)?);
-        let (ends, tape) = self.run(|runner| runner.forward(inputs, deep, keep))?;
-        if keep {
-            *self.tape.lock().unwrap_or_else(PoisonError::into_inner) = Some(tape);
+        let inputs = self.inputs(values(table, table_layout)?, values(deep, deep_layout)?);
+        if !keep {
+            // Whoever encodes without going back has stopped training, or can afford to begin afresh.
+            self.buffers.clear();
+        }
+        let done = self.run(|runner| runner.forward(inputs, keep))?;
+        match keep {
+            true => *self.tape.0.lock().unwrap_or_else(PoisonError::into_inner) = done.tape,
+            false => self.buffers.give(done.tape),
         }
         let shape = (self.plan.prompts, self.width);
-        Ok((CpuStorage::F32(ends), shape.into()))
+        Ok((CpuStorage::F32(done.ends), shape.into()))
     }
 }
 
@@ -92,51 +161,57 @@ impl CustomOp2 for Tower {
 
     fn cpu_fwd(
         &self,
-        inputs: &CpuStorage,
-        inputs_layout: &Layout,
+        table: &CpuStorage,
+        table_layout: &Layout,
         deep: &CpuStorage,
         deep_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.forward((inputs, inputs_layout), (deep, deep_layout), true)
+        self.forward((table, table_layout), (deep, deep_layout), true)
     }
 
     fn bwd(
         &self,
-        inputs: &Tensor,
+        table: &Tensor,
         deep: &Tensor,
         _: &Tensor,
         d_ends: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let tape = self.tape.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(tape) = tape.as_ref() else {
-            return Err(candle_core::Error::Msg("the tower was not run forward".into()).bt());
-        };
-        let d_ends = d_ends.flatten_all()?.to_vec1::<f32>()?;
-        let (d_inputs, d_deep) =
-            self.run(|runner| runner.backward(tape, &d_ends, deep.elem_count(), self.wanted))?;
+        let tape = self.tape.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut d_table = vec![0.0; table.elem_count()];
+        let mut d_deep = vec![0.0; deep.elem_count()];
+        with_values(d_ends, |d_ends| {
+            with_values(table, |table_values| {
+                with_values(deep, |deep_values| {
+                    let inputs = self.inputs(table_values, deep_values);
+                    self.run(|runner| {
+                        runner.backward(inputs, &tape, d_ends, &mut d_table, &mut d_deep);
+                    })
+                })
+            })
+        })????;
         Ok((
-            Some(from_values(d_inputs, inputs)?),
+            Some(from_values(d_table, table)?),
             Some(from_values(d_deep, deep)?),
         ))
     }
 }
 
 /// [`Tower`] for a pass that nobody goes back.
-struct Forward(Tower);
+struct ForwardOnly(Tower);
 
-impl CustomOp2 for Forward {
+impl CustomOp2 for ForwardOnly {
     fn name(&self) -> &'static str {
         NAME
     }
 
     fn cpu_fwd(
         &self,
-        inputs: &CpuStorage,
-        inputs_layout: &Layout,
+        table: &CpuStorage,
+        table_layout: &Layout,
         deep: &CpuStorage,
         deep_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         self.0
-            .forward((inputs, inputs_layout), (deep, deep_layout), false)
+            .forward((table, table_layout), (deep, deep_layout), false)
     }
 }

@@ -51,6 +51,18 @@ impl Chunk {
     pub(crate) fn range(&self) -> Range<usize> {
         self.first..self.first + self.rows
     }
+
+    /// The last row of every sequence.
+    pub(crate) fn ends(&self) -> impl Iterator<Item = u32> {
+        self.sequences.iter().map(|s| (s.start + s.len - 1) as u32)
+    }
+
+    /// The groups of its sequences, each once.
+    pub(crate) fn groups(&self) -> impl Iterator<Item = usize> {
+        let mut last = None;
+        let groups = self.sequences.iter().map(|s| s.group);
+        groups.filter(move |group| last.replace(*group) != Some(*group))
+    }
 }
 
 /// A plan. Rows are numbered through all chunks, prefixes first.
@@ -120,7 +132,11 @@ impl Plan {
     /// Packs whole parts into chunks of about equal size.
     fn pack(&mut self, prompts: &[Vec<Place>], parts: &[Part], chunk_rows: usize) -> Vec<Chunk> {
         let total: usize = parts.iter().map(|p| p.range.len()).sum();
-        let chunks = total.div_ceil(chunk_rows).max(1);
+        let chunks = match total.div_ceil(chunk_rows) {
+            0 | 1 => 1,
+            // Multiples of four go round on two and four threads, and nearly so on more.
+            n => n.next_multiple_of(4),
+        };
         let aim = total.div_ceil(chunks);
         let mut packed = Vec::new();
         let mut chunk = Chunk {

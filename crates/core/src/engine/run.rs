@@ -1,34 +1,22 @@
 //! Runs a plan through the text tower's blocks, forward and backward.
 //!
-//! Every chunk of suffixes runs through all blocks by itself, one task a chunk. Backward adds what it owes to the prefixes'
-//! keys and values into a buffer of its own; the buffers are summed in the order of the chunks. So the bits depend on the plan
-//! alone.
+//! Every chunk runs through all blocks by itself: first those of prefixes, then those of suffixes, which read the prefixes'
+//! keys and values. On the way back each chunk of suffixes says what it owes to the prefixes' keys and values; these debts are
+//! added in the order of the chunks, and then the prefixes go back. So the bits depend on the plan alone, not on the threads
+//! nor on what is kept.
 
-use rayon::prelude::*;
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-use super::plan::{Chunk, Plan, Sequence};
+use super::attend::{Attention, Prefixes};
+use super::buffers::{Buffers, Cut};
+use super::memory::{Parts, Policy};
+use super::plan::{Chunk, Plan};
 use crate::clip::FrozenBlock;
-use crate::kernels;
-
-/// What is kept of a chunk at one block, for its way back.
-#[derive(Debug, Default)]
-struct Kept {
-    /// Input, `(rows, width)`.
-    x: Vec<f32>,
-    /// Queries, keys and values, `(rows, 3·width)`.
-    qkv: Vec<f32>,
-    /// After attention; of the ends only in the last block.
-    middle: Vec<f32>,
-    /// Before the activation.
-    hidden: Vec<f32>,
-}
-
-/// What a forward pass leaves for the backward pass.
-#[derive(Debug)]
-pub(crate) struct Tape {
-    beginnings: Vec<Vec<Kept>>,
-    endings: Vec<Vec<Kept>>,
-}
+use crate::kernels::rows::{activate, activate_backward, add_into};
+use crate::ops::Threads;
 
 /// Rows that replace others at deeper blocks.
 #[derive(Debug, Default)]
@@ -46,567 +34,855 @@ pub(crate) struct Wanted {
     pub(crate) endings: bool,
 }
 
+/// What a chunk runs from.
+#[derive(Clone, Copy)]
+pub(crate) struct Inputs<'a> {
+    /// Input embeddings without positions, `(rows of the table, width)`.
+    pub(crate) table: &'a [f32],
+    /// `(context, width)`.
+    pub(crate) positions: &'a [f32],
+    /// Rows for deeper blocks, `(deep rows, width)`.
+    pub(crate) deep: &'a [f32],
+}
+
 /// The tower's blocks with a plan to run.
+#[derive(Clone, Copy)]
 pub(crate) struct Runner<'a> {
     pub(crate) blocks: &'a [FrozenBlock<'a>],
     pub(crate) plan: &'a Plan,
     pub(crate) deep: &'a Deep,
     pub(crate) width: usize,
+    pub(crate) wanted: Wanted,
+    pub(crate) buffers: &'a Buffers,
+    pub(crate) policy: Policy,
+    pub(crate) at_a_time: usize,
 }
 
-/// Where the prefixes' keys and values are: for each group, chunk of beginnings and first row there.
-fn homes(plan: &Plan) -> Vec<Option<(usize, usize)>> {
-    let mut homes = vec![None; plan.prefixes.len()];
-    for (i, chunk) in plan.beginnings.iter().enumerate() {
-        for s in &chunk.sequences {
-            homes[s.group] = Some((i, s.start));
+/// What stays of a pass over a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Keep {
+    /// What the way back reads.
+    Everything,
+    /// Of a prefix, what suffixes read.
+    Keys,
+    Nothing,
+}
+
+/// Prefixes end with the last block's keys and values, suffixes with their prompts' ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Beginning,
+    Ending,
+}
+
+/// Where a chunk's parts of every block lie, from its first float on.
+#[derive(Debug)]
+struct Layout {
+    keep: Keep,
+    rows: usize,
+    /// By block: where its part begins, and how many rows ask there.
+    blocks: Vec<(usize, usize)>,
+    floats: usize,
+}
+
+/// Of a chunk at one block: input `(rows, width)`, queries, keys and values `(rows, 3·width)`, and of the rows that ask
+/// what is there after attention `(asking, width)` and before the activation `(asking, 4·width)`.
+struct Kept<'a> {
+    x: &'a [f32],
+    qkv: &'a [f32],
+    middle: &'a [f32],
+    hidden: &'a [f32],
+}
+
+/// [`Kept`] to be written, and the next block's input.
+struct Making<'a> {
+    x: &'a mut [f32],
+    qkv: &'a mut [f32],
+    middle: &'a mut [f32],
+    hidden: &'a mut [f32],
+    next: &'a mut [f32],
+}
+
+impl Layout {
+    fn kept<'a>(&self, record: &'a [f32], block: usize, width: usize) -> Kept<'a> {
+        let (first, asking) = self.blocks[block];
+        let (x, rest) = record[first..].split_at(self.rows * width);
+        let (qkv, rest) = rest.split_at(3 * self.rows * width);
+        let (middle, rest) = rest.split_at(asking * width);
+        Kept {
+            x,
+            qkv,
+            middle,
+            hidden: &rest[..4 * asking * width],
         }
     }
-    homes
+
+    /// Where the queries, keys and values of a block begin.
+    fn qkv(&self, block: usize, width: usize) -> usize {
+        let before = match self.keep {
+            Keep::Everything => self.rows * width,
+            _ => 0,
+        };
+        self.blocks[block].0 + before
+    }
+
+    /// Floats beside the record that a pass forward writes what is not kept to.
+    fn spare(&self, width: usize) -> usize {
+        match self.keep {
+            Keep::Everything => 0,
+            Keep::Keys => 7 * self.rows * width,
+            Keep::Nothing => 10 * self.rows * width,
+        }
+    }
+
+    fn making<'a>(
+        &self,
+        record: &'a mut [f32],
+        spare: &'a mut [f32],
+        block: usize,
+        width: usize,
+    ) -> Making<'a> {
+        let (first, asking) = self.blocks[block];
+        let (rows, asking) = (self.rows * width, asking * width);
+        if self.keep == Keep::Everything {
+            let mut cut = Cut::new(&mut record[first..]);
+            return Making {
+                x: cut.take(rows),
+                qkv: cut.take(3 * rows),
+                middle: cut.take(asking),
+                hidden: cut.take(4 * asking),
+                next: match block + 1 == self.blocks.len() {
+                    true => &mut [],
+                    false => cut.take(rows),
+                },
+            };
+        }
+        let mut cut = Cut::new(spare);
+        let (even, odd) = (cut.take(rows), cut.take(rows));
+        let (x, next) = if block.is_multiple_of(2) {
+            (even, odd)
+        } else {
+            (odd, even)
+        };
+        let (middle, hidden) = (cut.take(asking), cut.take(4 * asking));
+        let qkv = match self.keep {
+            Keep::Keys => &mut record[first..][..3 * rows],
+            _ => cut.take(3 * rows),
+        };
+        Making {
+            x,
+            qkv,
+            middle,
+            hidden,
+            next,
+        }
+    }
+}
+
+/// Which part of a plan's record belongs to which chunk.
+struct Records {
+    beginnings: Vec<Layout>,
+    endings: Vec<Layout>,
+    /// First float of each chunk of prefixes.
+    firsts: Vec<usize>,
+    /// First float of each chunk of suffixes, behind the prefixes'.
+    starts: Vec<usize>,
+    /// Floats of the prefixes.
+    endings_from: usize,
+    floats: usize,
+    /// By group: chunk of its prefix and first row there.
+    homes: Vec<Option<(usize, usize)>>,
+}
+
+/// The prefixes, run, as suffixes see them.
+#[derive(Clone, Copy)]
+struct Before<'a> {
+    records: &'a Records,
+    record: &'a [f32],
+}
+
+/// What a forward pass leaves: the prompts' last rows, and a buffer for the way back.
+pub(crate) struct Forward {
+    pub(crate) ends: Vec<f32>,
+    pub(crate) tape: Vec<f32>,
+}
+
+/// What a chunk's way back gives, in buffers.
+struct Done {
+    /// Gradient of the chunk's input; empty if nobody wants it.
+    d_x: Vec<f32>,
+    d_deep: Vec<f32>,
+    /// Gradients of prefixes' keys and values: of each group of the chunk, block by block, rows of `2·width`.
+    owing: Vec<f32>,
 }
 
 impl Runner<'_> {
-    /// `inputs (rows, width)`, positions added, and the deep rows → the prompts' last rows after the last block,
-    /// `(prompts, width)`, and what the way back needs if `keep`.
-    pub(crate) fn forward(&self, inputs: &[f32], deep: &[f32], keep: bool) -> (Vec<f32>, Tape) {
-        let beginnings: Vec<Vec<Kept>> = self
-            .plan
-            .beginnings
-            .par_iter()
-            .map(|chunk| self.chunk_forward(chunk, inputs, deep, None, keep).1)
-            .collect();
-        let homes = homes(self.plan);
-        let done: Vec<(Vec<f32>, Vec<Kept>)> = self
-            .plan
-            .endings
-            .par_iter()
-            .map(|chunk| {
-                let known = Known {
-                    prefixes: &self.plan.prefixes,
-                    homes: &homes,
-                    beginnings: &beginnings,
-                };
-                self.chunk_forward(chunk, inputs, deep, Some(known), keep)
-            })
-            .collect();
-        let mut ends = vec![0.0; self.plan.prompts * self.width];
-        let mut endings = Vec::with_capacity(done.len());
-        for (chunk, (rows, kept)) in self.plan.endings.iter().zip(done) {
-            for (s, row) in chunk.sequences.iter().zip(rows.chunks_exact(self.width)) {
-                ends[s.prompt * self.width..][..self.width].copy_from_slice(row);
-            }
-            endings.push(kept);
-        }
-        (
-            ends,
-            Tape {
-                beginnings,
-                endings,
-            },
-        )
-    }
-
-    /// One chunk through all blocks: the last rows of its sequences, and what was kept. A chunk of prefixes (`known` is none)
-    /// needs nothing behind the last block's keys and values.
-    fn chunk_forward(
-        &self,
-        chunk: &Chunk,
-        inputs: &[f32],
-        deep: &[f32],
-        known: Option<Known<'_>>,
-        keep: bool,
-    ) -> (Vec<f32>, Vec<Kept>) {
+    /// The prompts' last rows after the last block, `(prompts, width)`. `keep` if there will be a way back.
+    pub(crate) fn forward(&self, inputs: Inputs<'_>, keep: bool) -> Forward {
+        let records = self.records(keep);
+        let mut tape = self.buffers.take(records.floats);
+        let (beginnings, endings) = tape.split_at_mut(records.endings_from);
+        let run = |i: usize, record: &mut [f32], threads| {
+            let chunk = &self.plan.beginnings[i];
+            self.chunk_forward(
+                chunk,
+                &records.beginnings[i],
+                inputs,
+                record,
+                None,
+                &mut [],
+                threads,
+            );
+        };
+        self.each(
+            &self.plan.beginnings,
+            &records.beginnings,
+            beginnings,
+            &run,
+            |_, ()| (),
+        );
+        let beginnings = &*beginnings;
         let width = self.width;
-        let mut x = inputs[chunk.first * width..][..chunk.rows * width].to_vec();
-        let mut kept = Vec::with_capacity(self.blocks.len());
-        let mut ends = Vec::new();
-        for (layer, block) in self.blocks.iter().enumerate() {
-            self.replace(chunk, layer, deep, &mut x);
-            let last = layer + 1 == self.blocks.len();
-            let mut normed = vec![0.0; x.len()];
-            block.ln_1.normalise(&x, &mut normed);
-            let mut qkv = vec![0.0; 3 * x.len()];
-            block.in_proj.apply(&normed, chunk.rows, &mut qkv);
-            if last && known.is_none() {
-                kept.push(Kept {
-                    x,
-                    qkv,
-                    ..Kept::default()
-                });
-                break;
-            }
-            let rows: Vec<usize> = match last {
-                true => ends_of(chunk),
-                false => (0..chunk.rows).collect(),
-            };
-            let mut mixed = vec![0.0; rows.len() * width];
-            attend(chunk, &qkv, known, layer, width, last, &mut mixed);
-            let mut middle = gather(&x, &rows, width);
-            block.out_proj.add(&mixed, rows.len(), &mut middle);
-            let mut normed = mixed;
-            block.ln_2.normalise(&middle, &mut normed);
-            let mut hidden = vec![0.0; 4 * middle.len()];
-            block.c_fc.apply(&normed, rows.len(), &mut hidden);
-            let mut active = vec![0.0; hidden.len()];
-            kernels::activate(block.activation, &hidden, &mut active);
-            let mut next = middle.clone();
-            block.c_proj.add(&active, rows.len(), &mut next);
-            kept.push(match (keep, known) {
-                (true, _) => Kept {
-                    x,
-                    qkv,
-                    middle,
-                    hidden,
-                },
-                // Suffixes read a prefix's keys and values.
-                (false, None) => Kept {
-                    qkv,
-                    ..Kept::default()
-                },
-                (false, Some(_)) => Kept::default(),
-            });
-            match last {
-                true => {
-                    ends = next;
-                    break;
+        let mut ends = vec![0.0; self.plan.prompts * width];
+        let before = Some(Before {
+            records: &records,
+            record: beginnings,
+        });
+        let run = |i: usize, record: &mut [f32], threads| {
+            let chunk = &self.plan.endings[i];
+            let mut own = self.buffers.take(chunk.sequences.len() * width);
+            self.chunk_forward(
+                chunk,
+                &records.endings[i],
+                inputs,
+                record,
+                before,
+                &mut own,
+                threads,
+            );
+            own
+        };
+        self.each(
+            &self.plan.endings,
+            &records.endings,
+            endings,
+            &run,
+            |i, own| {
+                for (s, row) in self.plan.endings[i]
+                    .sequences
+                    .iter()
+                    .zip(own.chunks_exact(width))
+                {
+                    ends[s.prompt * width..][..width].copy_from_slice(row);
                 }
-                false => x = next,
-            }
-        }
-        (ends, kept)
+                self.buffers.give(own);
+            },
+        );
+        Forward { ends, tape }
     }
 
-    fn replace(&self, chunk: &Chunk, layer: usize, deep: &[f32], x: &mut [f32]) {
-        self.each_replaced(chunk, layer, |row, source| {
-            x[row * self.width..][..self.width]
-                .copy_from_slice(&deep[source * self.width..][..self.width]);
+    /// Adds the gradients of the table's and the deep rows, from those of the ends.
+    pub(crate) fn backward(
+        &self,
+        inputs: Inputs<'_>,
+        tape: &[f32],
+        d_ends: &[f32],
+        d_table: &mut [f32],
+        d_deep: &mut [f32],
+    ) {
+        let width = self.width;
+        let records = self.records(true);
+        let (beginnings, endings) = tape.split_at(records.endings_from);
+        let before = Some(Before {
+            records: &records,
+            record: beginnings,
         });
+        // What each chunk of prefixes is owed at each block, rows of `2·width`.
+        let layers = self.blocks.len();
+        let total: usize = self.plan.beginnings.iter().map(|c| c.rows).sum();
+        let mut owed = vec![
+            0.0;
+            if self.wanted.beginnings {
+                total * 2 * width * layers
+            } else {
+                0
+            }
+        ];
+        let threads = self.threads(self.plan.endings.len());
+        in_order(
+            self.plan.endings.len(),
+            self.at_a_time,
+            |i| {
+                let (chunk, layout) = (&self.plan.endings[i], &records.endings[i]);
+                if layout.keep == Keep::Everything {
+                    let record = &endings[records.starts[i]..];
+                    return self.chunk_backward(
+                        chunk,
+                        layout,
+                        record,
+                        before,
+                        d_ends,
+                        &[],
+                        threads,
+                    );
+                }
+                let layout = self.layout(chunk, Kind::Ending, Keep::Everything);
+                let mut record = self.buffers.take(layout.floats);
+                let mut own = self.buffers.take(chunk.sequences.len() * width);
+                self.chunk_forward(
+                    chunk,
+                    &layout,
+                    inputs,
+                    &mut record,
+                    before,
+                    &mut own,
+                    threads,
+                );
+                self.buffers.give(own);
+                let done =
+                    self.chunk_backward(chunk, &layout, &record, before, d_ends, &[], threads);
+                self.buffers.give(record);
+                done
+            },
+            |i, done| {
+                let chunk = &self.plan.endings[i];
+                let mut from = 0;
+                for group in chunk.groups().filter(|_| self.wanted.beginnings) {
+                    let rows = self.plan.prefixes[group];
+                    for layer in 0..layers {
+                        let part = &done.owing[from..][..rows * 2 * width];
+                        let at = self.debt(&records, group, layer, layers);
+                        add_into(&mut owed[at..][..part.len()], part);
+                        from += part.len();
+                    }
+                }
+                self.collect(chunk, done, d_table, d_deep);
+            },
+        );
+        if self.wanted.beginnings {
+            let threads = self.threads(self.plan.beginnings.len());
+            in_order(
+                self.plan.beginnings.len(),
+                self.at_a_time,
+                |i| {
+                    let chunk = &self.plan.beginnings[i];
+                    let layout = &records.beginnings[i];
+                    let (at, len) = (
+                        chunk.first * 2 * width * layers,
+                        chunk.rows * 2 * width * layers,
+                    );
+                    let owed = &owed[at..][..len];
+                    let record = &beginnings[records.firsts[i]..];
+                    self.chunk_backward(chunk, layout, record, None, &[], owed, threads)
+                },
+                |i, done| self.collect(&self.plan.beginnings[i], done, d_table, d_deep),
+            );
+        }
+    }
+
+    /// How many floats the parts of a forward and backward pass take.
+    pub(crate) fn parts(&self, table: usize, deep: usize) -> Parts {
+        let (width, layers) = (self.width, self.blocks.len());
+        if !self.wanted.beginnings && !self.wanted.endings {
+            return self.parts_forward(table);
+        }
+        let records = self.records(true);
+        let all = |chunk: &Chunk| self.layout(chunk, Kind::Ending, Keep::Everything);
+        let (mut work, mut work_twice) = (0, 0);
+        for chunk in &self.plan.endings {
+            let layout = all(chunk);
+            let debts: usize = chunk.groups().map(|g| self.plan.prefixes[g]).sum();
+            let owed = usize::from(self.wanted.beginnings) * debts * 2 * width * layers;
+            let back = self.work_back(chunk) + chunk.rows * width + deep * width + owed;
+            work = work.max(back.max(self.work_forward(chunk, &layout)));
+            work_twice =
+                work_twice.max(layout.floats + back.max(self.work_forward(chunk, &layout)));
+        }
+        let prefixes: usize = self.plan.beginnings.iter().map(|c| c.rows).sum();
+        Parts {
+            beginnings: records.endings_from + prefixes * 2 * width * layers,
+            endings: self.plan.endings.iter().map(|c| all(c).floats).sum(),
+            work,
+            work_twice,
+            // Table, deep rows and ends with their gradients; the ends also normalised and projected, with gradients.
+            fixed: (2 * table + 2 * deep + 8 * self.plan.prompts) * width,
+        }
+    }
+
+    /// As [`Runner::parts`] for prompts with nothing learned, which nobody goes back.
+    fn parts_forward(&self, table: usize) -> Parts {
+        let work =
+            |chunk: &Chunk, kind, keep| self.work_forward(chunk, &self.layout(chunk, kind, keep));
+        let endings = self.plan.endings.iter();
+        let beginnings = self.plan.beginnings.iter();
+        let work = endings
+            .map(|c| work(c, Kind::Ending, Keep::Nothing))
+            .chain(beginnings.map(|c| work(c, Kind::Beginning, Keep::Keys)))
+            .max()
+            .unwrap_or(0);
+        Parts {
+            beginnings: self.records(false).floats,
+            endings: 0,
+            work,
+            work_twice: work,
+            // Table and ends; the ends also normalised and projected.
+            fixed: (table + 4 * self.plan.prompts) * self.width,
+        }
+    }
+
+    /// Whether a chunk's products run on all threads: where too few chunks run at a time for one each. Bits are the same.
+    fn threads(&self, chunks: usize) -> Threads {
+        match chunks.min(self.at_a_time) < rayon::current_num_threads() {
+            true => Threads::All,
+            false => Threads::One,
+        }
+    }
+
+    /// Runs `f` for every chunk with its part of the record, which holds the chunks' parts one after the other, and hands
+    /// the results to `take` in their order.
+    fn each<T: Send>(
+        &self,
+        chunks: &[Chunk],
+        layouts: &[Layout],
+        record: &mut [f32],
+        f: &(impl Fn(usize, &mut [f32], Threads) -> T + Sync),
+        take: impl FnMut(usize, T) + Send,
+    ) {
+        let mut cut = Cut::new(record);
+        let parts: Vec<Mutex<&mut [f32]>> = layouts
+            .iter()
+            .map(|l| Mutex::new(cut.take(l.floats)))
+            .collect();
+        let threads = self.threads(chunks.len());
+        in_order(
+            chunks.len(),
+            self.at_a_time,
+            |i| {
+                let mut part = parts[i].lock().unwrap_or_else(PoisonError::into_inner);
+                f(i, &mut part, threads)
+            },
+            take,
+        );
+    }
+
+    /// The rows that ask at a block: those whose output somebody reads.
+    fn asking<'c>(&'c self, chunk: &'c Chunk, kind: Kind, layer: usize) -> Cow<'c, [u32]> {
+        if layer + 1 == self.blocks.len() {
+            return match kind {
+                Kind::Beginning => Cow::Borrowed(&[]),
+                Kind::Ending => Cow::Owned(chunk.ends().collect()),
+            };
+        }
+        let mut lasting: Vec<u32> = (0..chunk.rows as u32).collect();
+        if !self.deep.rows.is_empty() {
+            lasting.retain(|row| self.replacement(chunk, *row as usize, layer + 1).is_none());
+        }
+        Cow::Owned(lasting)
+    }
+
+    /// The deep row that stands in a row's place from `layer` on.
+    fn replacement(&self, chunk: &Chunk, row: usize, layer: usize) -> Option<usize> {
+        let slot = (self.plan.places[chunk.first + row].deep as usize).checked_sub(1)?;
+        let rows = self.deep.rows.get(slot)?;
+        rows.get(layer.checked_sub(1)?).map(|row| *row as usize)
     }
 
     /// Calls `f(row of the chunk, deep row)` for what is replaced at `layer`.
     fn each_replaced(&self, chunk: &Chunk, layer: usize, mut f: impl FnMut(usize, usize)) {
-        if layer == 0 || self.deep.rows.is_empty() {
+        if self.deep.rows.is_empty() {
             return;
         }
-        for (row, place) in self.plan.places[chunk.range()].iter().enumerate() {
-            let Some(slot) = (place.deep as usize).checked_sub(1) else {
-                continue;
-            };
-            if let Some(source) = self.deep.rows[slot].get(layer - 1) {
-                f(row, *source as usize);
+        for row in 0..chunk.rows {
+            if let Some(source) = self.replacement(chunk, row, layer) {
+                f(row, source);
             }
         }
     }
 
-    /// Gradients of `inputs` and of the deep rows from those of the ends.
-    pub(crate) fn backward(
-        &self,
-        tape: &Tape,
-        d_ends: &[f32],
-        deep_len: usize,
-        wanted: Wanted,
-    ) -> (Vec<f32>, Vec<f32>) {
+    fn layout(&self, chunk: &Chunk, kind: Kind, keep: Keep) -> Layout {
         let width = self.width;
-        let homes = homes(self.plan);
-        let done: Vec<Done> = self
-            .plan
-            .endings
-            .par_iter()
-            .zip(&tape.endings)
-            .map(|(chunk, kept)| {
-                let known = Known {
-                    prefixes: &self.plan.prefixes,
-                    homes: &homes,
-                    beginnings: &tape.beginnings,
+        let mut floats = 0;
+        let blocks = (0..self.blocks.len())
+            .map(|layer| {
+                let asking = self.asking(chunk, kind, layer).len();
+                let first = floats;
+                floats += match keep {
+                    Keep::Everything => (4 * chunk.rows + 5 * asking) * width,
+                    Keep::Keys => 3 * chunk.rows * width,
+                    Keep::Nothing => 0,
                 };
-                self.ending_backward(chunk, kept, known, d_ends, deep_len, wanted)
+                (first, asking)
             })
             .collect();
-        let mut d_inputs = vec![0.0; self.plan.rows() * width];
-        let mut d_deep = vec![0.0; deep_len];
-        // What each chunk of prefixes is owed at each layer, `(rows, 2·width)`.
-        let mut owed: Vec<Vec<Vec<f32>>> = self
-            .plan
-            .beginnings
-            .iter()
-            .map(|chunk| vec![vec![0.0; chunk.rows * 2 * width]; self.blocks.len()])
-            .collect();
-        for (chunk, done) in self.plan.endings.iter().zip(done) {
-            d_inputs[chunk.first * width..][..done.d_x.len()].copy_from_slice(&done.d_x);
-            add_into(&mut d_deep, &done.d_deep);
-            for (group, layers) in done.owed {
-                let Some((home, first)) = homes[group] else {
-                    continue;
-                };
-                for (sum, part) in owed[home].iter_mut().zip(layers) {
-                    add_into(&mut sum[first * 2 * width..][..part.len()], &part);
-                }
-            }
+        Layout {
+            keep,
+            rows: chunk.rows,
+            blocks,
+            floats,
         }
-        if wanted.beginnings {
-            let done: Vec<Done> = self
-                .plan
-                .beginnings
-                .par_iter()
-                .zip(&tape.beginnings)
-                .zip(&owed)
-                .map(|((chunk, kept), owed)| self.beginning_backward(chunk, kept, owed, deep_len))
-                .collect();
-            for (chunk, done) in self.plan.beginnings.iter().zip(done) {
-                d_inputs[chunk.first * width..][..done.d_x.len()].copy_from_slice(&done.d_x);
-                add_into(&mut d_deep, &done.d_deep);
-            }
-        }
-        (d_inputs, d_deep)
     }
 
-    fn ending_backward(
+    fn records(&self, back: bool) -> Records {
+        let beginnings = match back && self.wanted.beginnings {
+            true => Keep::Everything,
+            false => Keep::Keys,
+        };
+        let endings = match back && self.policy == Policy::SaveAll {
+            true => Keep::Everything,
+            false => Keep::Nothing,
+        };
+        let layouts = |chunks: &[Chunk], kind, keep| -> Vec<Layout> {
+            chunks.iter().map(|c| self.layout(c, kind, keep)).collect()
+        };
+        let starts = |layouts: &[Layout]| -> Vec<usize> {
+            let mut at = 0;
+            layouts
+                .iter()
+                .map(|l| {
+                    at += l.floats;
+                    at - l.floats
+                })
+                .collect()
+        };
+        let beginnings = layouts(&self.plan.beginnings, Kind::Beginning, beginnings);
+        let endings = layouts(&self.plan.endings, Kind::Ending, endings);
+        let endings_from = beginnings.iter().map(|l| l.floats).sum();
+        let mut homes = vec![None; self.plan.prefixes.len()];
+        for (i, chunk) in self.plan.beginnings.iter().enumerate() {
+            for s in &chunk.sequences {
+                homes[s.group] = Some((i, s.start));
+            }
+        }
+        Records {
+            firsts: starts(&beginnings),
+            starts: starts(&endings),
+            floats: endings_from + endings.iter().map(|l| l.floats).sum::<usize>(),
+            endings_from,
+            beginnings,
+            endings,
+            homes,
+        }
+    }
+
+    /// Where the debts to a group's prefix at a block begin.
+    fn debt(&self, records: &Records, group: usize, layer: usize, layers: usize) -> usize {
+        let Some((chunk, start)) = records.homes[group] else {
+            return 0;
+        };
+        let chunk = &self.plan.beginnings[chunk];
+        (chunk.first * layers + chunk.rows * layer + start) * 2 * self.width
+    }
+
+    /// The prefixes' queries, keys and values at a block.
+    fn prefixes<'r>(&'r self, before: Option<Before<'r>>, layer: usize) -> Prefixes<'r> {
+        let width = self.width;
+        Prefixes(Box::new(move |group| {
+            match before.map(|b| (b, b.records.homes[group])) {
+                Some((before, Some((chunk, start)))) => {
+                    let qkv = before.records.beginnings[chunk].qkv(layer, width);
+                    let first = before.records.firsts[chunk] + qkv + start * 3 * width;
+                    (&before.record[first..], self.plan.prefixes[group])
+                }
+                _ => (&[], 0),
+            }
+        }))
+    }
+
+    /// Floats of one row of probabilities.
+    fn keys(&self, chunk: &Chunk) -> usize {
+        let known = |s: &super::plan::Sequence| s.len + self.plan.prefixes[s.group];
+        chunk.sequences.iter().map(known).max().unwrap_or(0)
+    }
+
+    fn work_forward(&self, chunk: &Chunk, layout: &Layout) -> usize {
+        7 * chunk.rows * self.width + layout.spare(self.width) + self.keys(chunk)
+    }
+
+    fn work_back(&self, chunk: &Chunk) -> usize {
+        11 * chunk.rows * self.width + 2 * self.keys(chunk)
+    }
+
+    /// One chunk through all blocks. `ends` takes the last rows of its sequences; prefixes have none.
+    #[allow(clippy::too_many_arguments)] // a chunk with what it reads and where it writes
+    fn chunk_forward(
         &self,
         chunk: &Chunk,
-        kept: &[Kept],
-        known: Known<'_>,
-        d_ends: &[f32],
-        deep_len: usize,
-        wanted: Wanted,
-    ) -> Done {
+        layout: &Layout,
+        inputs: Inputs<'_>,
+        record: &mut [f32],
+        before: Option<Before<'_>>,
+        ends: &mut [f32],
+        threads: Threads,
+    ) {
         let width = self.width;
-        let mut groups: Vec<usize> = chunk.sequences.iter().map(|s| s.group).collect();
-        groups.dedup();
-        let mut owed: Vec<(usize, Vec<Vec<f32>>)> = groups
-            .into_iter()
-            .filter(|_| wanted.beginnings)
-            .map(|group| {
-                let floats = self.plan.prefixes[group] * 2 * width;
-                (group, vec![vec![0.0; floats]; self.blocks.len()])
-            })
-            .collect();
-        let mut d_deep = vec![0.0; deep_len];
-        let mut d_x: Vec<f32> = chunk
-            .sequences
-            .iter()
-            .flat_map(|s| &d_ends[s.prompt * width..][..width])
-            .copied()
-            .collect();
-        for (layer, (block, kept)) in self.blocks.iter().zip(kept).enumerate().rev() {
-            let last = layer + 1 == self.blocks.len();
-            let rows: Vec<usize> = match last {
-                true => ends_of(chunk),
-                false => (0..chunk.rows).collect(),
-            };
-            let (d_middle, d_mixed) = mlp_backward(block, kept, &d_x, rows.len());
-            // The first block's own input is wanted only if something learned is in it.
-            let own = layer > 0 || wanted.endings;
-            let mut d_qkv = vec![0.0; chunk.rows * 3 * width];
-            let mut debts: Vec<(usize, &mut [f32])> = owed
-                .iter_mut()
-                .map(|(group, layers)| (*group, layers[layer].as_mut_slice()))
-                .collect();
-            attend_backward(
-                chunk,
-                &kept.qkv,
-                Some(known),
-                layer,
-                width,
-                last,
-                &d_mixed,
-                &mut d_qkv,
-                &mut debts,
-            );
-            if !own {
-                d_x = Vec::new();
+        let kind = if before.is_some() {
+            Kind::Ending
+        } else {
+            Kind::Beginning
+        };
+        let mut work = self.buffers.take(self.work_forward(chunk, layout));
+        let mut cut = Cut::new(&mut work);
+        let (normed, mixed, active, out) = (
+            cut.take(chunk.rows * width),
+            cut.take(chunk.rows * width),
+            cut.take(4 * chunk.rows * width),
+            cut.take(chunk.rows * width),
+        );
+        let scratch = cut.take(self.keys(chunk));
+        let spare = cut.take(layout.spare(width));
+        let first = layout.making(record, spare, 0, width).x;
+        let places = &self.plan.places[chunk.range()];
+        let positions = &self.plan.positions[chunk.range()];
+        for ((x, place), position) in first.chunks_exact_mut(width).zip(places).zip(positions) {
+            let word = &inputs.table[place.row as usize * width..][..width];
+            let position = &inputs.positions[*position as usize * width..][..width];
+            for ((x, a), b) in x.iter_mut().zip(word).zip(position) {
+                *x = a + b;
+            }
+        }
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let now = layout.making(record, spare, layer, width);
+            self.each_replaced(chunk, layer, |row, source| {
+                now.x[row * width..][..width]
+                    .copy_from_slice(&inputs.deep[source * width..][..width]);
+            });
+            block.ln_1.normalise(now.x, normed);
+            let asking = self.asking(chunk, kind, layer);
+            if asking.is_empty() {
+                block.in_proj.apply_keys(normed, chunk.rows, now.qkv);
                 break;
             }
-            d_x = qkv_backward(block, kept, &d_qkv, chunk.rows);
-            scatter_add(&d_middle, &rows, width, &mut d_x);
-            self.take_deep(chunk, layer, &mut d_x, &mut d_deep);
+            block.in_proj.apply(normed, chunk.rows, now.qkv, threads);
+            let n = asking.len();
+            let (normed, mixed) = (&mut normed[..n * width], &mut mixed[..n * width]);
+            let active = &mut active[..4 * n * width];
+            let prefixes = self.prefixes(before, layer);
+            self.attention(chunk, now.qkv, prefixes, &asking)
+                .forward(mixed, scratch);
+            gather(now.x, &asking, width, now.middle);
+            block.out_proj.add(mixed, n, now.middle, threads);
+            block.ln_2.normalise(now.middle, normed);
+            block.c_fc.apply(normed, n, now.hidden, threads);
+            activate(block.activation, now.hidden, active);
+            let last = layer + 1 == self.blocks.len();
+            let to = match (last, n == chunk.rows) {
+                (true, _) => &mut *ends,
+                (false, true) => &mut *now.next,
+                (false, false) => &mut out[..n * width],
+            };
+            let to = &mut to[..n * width];
+            to.copy_from_slice(now.middle);
+            block.c_proj.add(active, n, to, threads);
+            if !last && n < chunk.rows {
+                for (row, out) in asking.iter().zip(out.chunks_exact(width)) {
+                    now.next[*row as usize * width..][..width].copy_from_slice(out);
+                }
+            }
         }
-        Done { d_x, d_deep, owed }
+        self.buffers.give(work);
     }
 
-    fn beginning_backward(
+    fn attention<'c>(
+        &self,
+        chunk: &'c Chunk,
+        qkv: &'c [f32],
+        prefixes: Prefixes<'c>,
+        asking: &'c [u32],
+    ) -> Attention<'c> {
+        Attention {
+            chunk,
+            qkv,
+            prefixes,
+            width: self.width,
+            asking,
+        }
+    }
+
+    /// The way back of one chunk: from the gradients of the prompts' ends for one of suffixes, from what it is `owed` for
+    /// one of prefixes.
+    #[allow(clippy::too_many_arguments)] // a chunk with what it reads
+    fn chunk_backward(
         &self,
         chunk: &Chunk,
-        kept: &[Kept],
-        owed: &[Vec<f32>],
-        deep_len: usize,
+        layout: &Layout,
+        record: &[f32],
+        before: Option<Before<'_>>,
+        d_ends: &[f32],
+        owed: &[f32],
+        threads: Threads,
     ) -> Done {
+        let (width, layers) = (self.width, self.blocks.len());
+        let (kind, wanted) = match before {
+            Some(_) => (Kind::Ending, self.wanted.endings),
+            None => (Kind::Beginning, self.wanted.beginnings),
+        };
+        // Where the debts to each group's prefix begin.
+        let mut places = Vec::new();
+        let mut debts = 0;
+        for group in chunk
+            .groups()
+            .filter(|_| before.is_some() && self.wanted.beginnings)
+        {
+            places.push((group, debts));
+            debts += self.plan.prefixes[group] * 2 * width * layers;
+        }
+        let mut owing = self.buffers.take(debts);
+        owing[..debts].fill(0.0);
+        let deep = self
+            .deep
+            .rows
+            .iter()
+            .flatten()
+            .max()
+            .map_or(0, |last| *last as usize + 1);
+        let mut d_deep = self.buffers.take(deep * width);
+        d_deep[..deep * width].fill(0.0);
+        let mut d_x = self.buffers.take(chunk.rows * width);
+        let mut work = self.buffers.take(self.work_back(chunk));
+        let mut cut = Cut::new(&mut work);
+        let rows = chunk.rows * width;
+        let (d_out, d_normed, d_middle, d_mixed) = (
+            cut.take(rows),
+            cut.take(rows),
+            cut.take(rows),
+            cut.take(rows),
+        );
+        let (d_active, d_qkv) = (cut.take(4 * rows), cut.take(3 * rows));
+        let scratch = cut.take(2 * self.keys(chunk));
+        for (layer, block) in self.blocks.iter().enumerate().rev() {
+            let kept = layout.kept(record, layer, width);
+            let asking = self.asking(chunk, kind, layer);
+            let n = asking.len();
+            let d_middle = &mut d_middle[..n * width];
+            let (d_normed_of_asking, d_mixed) =
+                (&mut d_normed[..n * width], &mut d_mixed[..n * width]);
+            if n > 0 {
+                let d_out = &mut d_out[..n * width];
+                match layer + 1 == layers {
+                    true => {
+                        for (d_out, s) in d_out.chunks_exact_mut(width).zip(&chunk.sequences) {
+                            d_out.copy_from_slice(&d_ends[s.prompt * width..][..width]);
+                        }
+                    }
+                    false => gather(&d_x, &asking, width, d_out),
+                }
+                let d_active = &mut d_active[..4 * n * width];
+                block.c_proj.backward(d_out, n, d_active, threads);
+                activate_backward(block.activation, kept.hidden, d_active);
+                block
+                    .c_fc
+                    .backward(d_active, n, d_normed_of_asking, threads);
+                d_middle.copy_from_slice(d_out);
+                block
+                    .ln_2
+                    .backward(kept.middle, d_normed_of_asking, d_middle);
+                block.out_proj.backward(d_middle, n, d_mixed, threads);
+            }
+            d_qkv.fill(0.0);
+            if kind == Kind::Beginning {
+                let owed = &owed[layer * 2 * rows..][..2 * rows];
+                for (d, owed) in d_qkv
+                    .chunks_exact_mut(3 * width)
+                    .zip(owed.chunks_exact(2 * width))
+                {
+                    d[width..].copy_from_slice(owed);
+                }
+            }
+            let prefixes = self.prefixes(before, layer);
+            self.attention(chunk, kept.qkv, prefixes, &asking).backward(
+                d_mixed,
+                d_qkv,
+                scratch,
+                &mut owing,
+                |group| {
+                    let place = places.iter().find(|(known, _)| *known == group)?;
+                    Some(place.1 + layer * self.plan.prefixes[group] * 2 * width)
+                },
+            );
+            // The first block's own input is wanted only if something learned is in it.
+            if layer == 0 && !wanted {
+                break;
+            }
+            block.in_proj.backward(d_qkv, chunk.rows, d_normed, threads);
+            d_x[..rows].fill(0.0);
+            block.ln_1.backward(kept.x, d_normed, &mut d_x[..rows]);
+            for (row, d) in asking.iter().zip(d_middle.chunks_exact(width)) {
+                add_into(&mut d_x[*row as usize * width..][..width], d);
+            }
+            // What was replaced is owed nothing.
+            self.each_replaced(chunk, layer, |row, source| {
+                let d_row = &mut d_x[row * width..][..width];
+                add_into(&mut d_deep[source * width..][..width], d_row);
+                d_row.fill(0.0);
+            });
+        }
+        self.buffers.give(work);
+        if !wanted {
+            self.buffers.give(std::mem::take(&mut d_x));
+        }
+        Done { d_x, d_deep, owing }
+    }
+
+    /// Adds what a chunk's way back gave to the whole, and gives its buffers back.
+    fn collect(&self, chunk: &Chunk, done: Done, d_table: &mut [f32], d_deep: &mut [f32]) {
         let width = self.width;
-        let mut d_deep = vec![0.0; deep_len];
-        let mut d_x: Vec<f32> = Vec::new();
-        for (layer, (block, kept)) in self.blocks.iter().zip(kept).enumerate().rev() {
-            let mut d_qkv = vec![0.0; chunk.rows * 3 * width];
-            for (d_qkv, owed) in d_qkv
-                .chunks_exact_mut(3 * width)
-                .zip(owed[layer].chunks_exact(2 * width))
-            {
-                d_qkv[width..].copy_from_slice(owed);
+        if !done.d_x.is_empty() {
+            let places = &self.plan.places[chunk.range()];
+            for (place, d) in places.iter().zip(done.d_x.chunks_exact(width)) {
+                add_into(&mut d_table[place.row as usize * width..][..width], d);
             }
-            if layer + 1 == self.blocks.len() {
-                d_x = qkv_backward(block, kept, &d_qkv, chunk.rows);
-            } else {
-                let (d_middle, d_mixed) = mlp_backward(block, kept, &d_x, chunk.rows);
-                attend_backward(
-                    chunk,
-                    &kept.qkv,
-                    None,
-                    layer,
-                    width,
-                    false,
-                    &d_mixed,
-                    &mut d_qkv,
-                    &mut [],
-                );
-                d_x = qkv_backward(block, kept, &d_qkv, chunk.rows);
-                add_into(&mut d_x, &d_middle);
-            }
-            self.take_deep(chunk, layer, &mut d_x, &mut d_deep);
         }
-        Done {
-            d_x,
-            d_deep,
-            owed: Vec::new(),
+        if !self.deep.rows.is_empty() {
+            add_into(d_deep, &done.d_deep);
+        }
+        for buffer in [done.d_x, done.d_deep, done.owing] {
+            self.buffers.give(buffer);
         }
     }
+}
 
-    /// Moves the gradients of replaced rows to the deep rows: what they replaced is owed nothing.
-    fn take_deep(&self, chunk: &Chunk, layer: usize, d_x: &mut [f32], d_deep: &mut [f32]) {
-        let width = self.width;
-        self.each_replaced(chunk, layer, |row, source| {
-            let d_row = &mut d_x[row * width..][..width];
-            add_into(&mut d_deep[source * width..][..width], d_row);
-            d_row.fill(0.0);
-        });
+fn gather(x: &[f32], rows: &[u32], width: usize, out: &mut [f32]) {
+    for (row, out) in rows.iter().zip(out.chunks_exact_mut(width)) {
+        out.copy_from_slice(&x[*row as usize * width..][..width]);
     }
 }
 
-/// What a chunk's way back gives.
-struct Done {
-    d_x: Vec<f32>,
-    d_deep: Vec<f32>,
-    /// By group and layer: gradients of the prefix's keys and values, `(prefix, 2·width)`.
-    owed: Vec<(usize, Vec<Vec<f32>>)>,
-}
-
-/// The prefixes as suffixes see them.
-#[derive(Clone, Copy)]
-struct Known<'a> {
-    prefixes: &'a [usize],
-    homes: &'a [Option<(usize, usize)>],
-    beginnings: &'a [Vec<Kept>],
-}
-
-/// Queries, keys and values of the prefix that a sequence attends to, from its first row on, and how many rows it has.
-fn prefix_of<'a>(
-    known: Option<Known<'a>>,
-    s: &Sequence,
-    layer: usize,
-    width: usize,
-) -> (&'a [f32], usize) {
-    match known.and_then(|k| Some((k, k.homes[s.group]?))) {
-        Some((k, (home, first))) => (
-            &k.beginnings[home][layer].qkv[first * 3 * width..],
-            k.prefixes[s.group],
-        ),
-        None => (&[], 0),
-    }
-}
-
-/// Gradients `(of the rows after attention, of what attention gave)` from those of the block's output.
-fn mlp_backward(
-    block: &FrozenBlock<'_>,
-    kept: &Kept,
-    d_out: &[f32],
-    rows: usize,
-) -> (Vec<f32>, Vec<f32>) {
-    let mut d_active = vec![0.0; kept.hidden.len()];
-    block.c_proj.backward(d_out, rows, &mut d_active);
-    let mut d_hidden = vec![0.0; kept.hidden.len()];
-    kernels::activate_backward(block.activation, &kept.hidden, &d_active, &mut d_hidden);
-    let mut d_normed = vec![0.0; kept.middle.len()];
-    block.c_fc.backward(&d_hidden, rows, &mut d_normed);
-    let mut d_middle = vec![0.0; kept.middle.len()];
-    block.ln_2.backward(&kept.middle, &d_normed, &mut d_middle);
-    add_into(&mut d_middle, d_out);
-    let mut d_mixed = d_normed;
-    block.out_proj.backward(&d_middle, rows, &mut d_mixed);
-    (d_middle, d_mixed)
-}
-
-/// The gradient of the block's input through queries, keys and values.
-fn qkv_backward(block: &FrozenBlock<'_>, kept: &Kept, d_qkv: &[f32], rows: usize) -> Vec<f32> {
-    let mut d_normed = vec![0.0; kept.x.len()];
-    block.in_proj.backward(d_qkv, rows, &mut d_normed);
-    let mut d_x = vec![0.0; kept.x.len()];
-    block.ln_1.backward(&kept.x, &d_normed, &mut d_x);
-    d_x
-}
-
-fn ends_of(chunk: &Chunk) -> Vec<usize> {
-    chunk
-        .sequences
-        .iter()
-        .map(|s| s.start + s.len - 1)
-        .collect()
-}
-
-fn gather(x: &[f32], rows: &[usize], width: usize) -> Vec<f32> {
-    rows.iter()
-        .flat_map(|row| &x[row * width..][..width])
-        .copied()
-        .collect()
-}
-
-fn scatter_add(part: &[f32], rows: &[usize], width: usize, whole: &mut [f32]) {
-    for (row, part) in rows.iter().zip(part.chunks_exact(width)) {
-        add_into(&mut whole[row * width..][..width], part);
-    }
-}
-
-fn add_into(sum: &mut [f32], part: &[f32]) {
-    sum.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
-}
-
-/// Width of a head, in every tower of every CLIP.
-const HEAD: usize = crate::HEAD_WIDTH;
-
-/// The scalar product of two heads; eight sums side by side, so that vector units can be used, always in the same order.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0f32; 8];
-    for (a, b) in a[..HEAD].chunks_exact(8).zip(b[..HEAD].chunks_exact(8)) {
-        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
-            *sum += a * b;
-        }
-    }
-    let [a, b, c, d, e, f, g, h] = sums;
-    ((a + e) + (b + f)) + ((c + g) + (d + h))
-}
-
-/// `y += a·x` of two heads.
-fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
-    for (y, x) in y[..HEAD].iter_mut().zip(&x[..HEAD]) {
-        *y += a * x;
-    }
-}
-
-/// The rows of a sequence that ask: all, or only the end.
-fn queries(s: &Sequence, ends_only: bool) -> std::ops::Range<usize> {
-    match ends_only {
-        true => s.len - 1..s.len,
-        false => 0..s.len,
-    }
-}
-
-/// Probabilities of a query over the prefix's keys and its own up to itself.
-fn probabilities(q: &[f32], prefix: &[f32], own: &[f32], at: usize, width: usize, p: &mut [f32]) {
-    let known = p.len() - (at + 1);
-    let scale = 1.0 / (HEAD as f32).sqrt();
-    let (first, second) = p.split_at_mut(known);
-    for (p, row) in first.iter_mut().zip(prefix.chunks(3 * width)) {
-        *p = scale * dot(q, &row[width..]);
-    }
-    for (p, row) in second.iter_mut().zip(own.chunks(3 * width)) {
-        *p = scale * dot(q, &row[width..]);
-    }
-    kernels::softmax_row(p);
-}
-
-/// Attention of a chunk's sequences: `mixed` holds the rows that ask, one after the other.
-fn attend(
-    chunk: &Chunk,
-    qkv: &[f32],
-    known: Option<Known<'_>>,
-    layer: usize,
-    width: usize,
-    ends_only: bool,
-    mixed: &mut [f32],
+/// Calls `work` for `0..n` on up to `at_a_time` threads, and `take` with its results in their order.
+fn in_order<T: Send>(
+    n: usize,
+    at_a_time: usize,
+    work: impl Fn(usize) -> T + Sync,
+    take: impl FnMut(usize, T) + Send,
 ) {
-    let mut p = Vec::new();
-    let mut out = mixed.chunks_exact_mut(width);
-    for s in &chunk.sequences {
-        let (prefix, prefix_rows) = prefix_of(known, s, layer, width);
-        let own = &qkv[s.start * 3 * width..][..s.len * 3 * width];
-        for at in queries(s, ends_only) {
-            let Some(out) = out.next() else { return };
-            p.resize(prefix_rows + at + 1, 0.0);
-            for head in (0..width).step_by(HEAD) {
-                let (prefix, own) = (skip(prefix, head), skip(own, head));
-                let q = &own[at * 3 * width..];
-                probabilities(q, prefix, own, at, width, &mut p);
-                let out = &mut out[head..head + HEAD];
-                out.fill(0.0);
-                let rows = prefix.chunks(3 * width).take(prefix_rows);
-                for (p, row) in p.iter().zip(rows.chain(own.chunks(3 * width))) {
-                    axpy(*p, &row[2 * width..], out);
-                }
-            }
-        }
+    struct Waiting<T, F> {
+        next: usize,
+        done: BTreeMap<usize, T>,
+        take: F,
     }
-}
-
-/// From a head on, or nothing of nothing.
-fn skip(rows: &[f32], head: usize) -> &[f32] {
-    rows.get(head..).unwrap_or(&[])
-}
-
-/// The gradient of [`attend`]: of the chunk's own queries, keys and values, and by group of the prefix's keys and values.
-#[allow(clippy::too_many_arguments)] // what attention reads, and where its gradients go
-fn attend_backward(
-    chunk: &Chunk,
-    qkv: &[f32],
-    known: Option<Known<'_>>,
-    layer: usize,
-    width: usize,
-    ends_only: bool,
-    d_mixed: &[f32],
-    d_qkv: &mut [f32],
-    debts: &mut [(usize, &mut [f32])],
-) {
-    let scale = 1.0 / (HEAD as f32).sqrt();
-    let (mut p, mut d_p) = (Vec::new(), Vec::new());
-    let mut d_out = d_mixed.chunks_exact(width);
-    for s in &chunk.sequences {
-        let (prefix, prefix_rows) = prefix_of(known, s, layer, width);
-        let own = &qkv[s.start * 3 * width..][..s.len * 3 * width];
-        let d_own = &mut d_qkv[s.start * 3 * width..][..s.len * 3 * width];
-        let mut debt = debts
-            .iter_mut()
-            .find(|(group, _)| *group == s.group)
-            .map(|(_, debt)| &mut **debt);
-        for at in queries(s, ends_only) {
-            let Some(d_out) = d_out.next() else { return };
-            p.resize(prefix_rows + at + 1, 0.0);
-            d_p.resize(prefix_rows + at + 1, 0.0);
-            for head in (0..width).step_by(HEAD) {
-                let (prefix, own) = (skip(prefix, head), skip(own, head));
-                let d_out = &d_out[head..head + HEAD];
-                let q = &own[at * 3 * width..];
-                probabilities(q, prefix, own, at, width, &mut p);
-                let rows = prefix.chunks(3 * width).take(prefix_rows);
-                let rows = rows.chain(own.chunks(3 * width));
-                let mut mean = 0.0;
-                for ((d_p, p), row) in d_p.iter_mut().zip(&p).zip(rows.clone()) {
-                    *d_p = dot(d_out, &row[2 * width..]);
-                    mean += p * *d_p;
-                }
-                for (d_p, p) in d_p.iter_mut().zip(&p) {
-                    *d_p = scale * p * (*d_p - mean);
-                }
-                let mut d_q = [0.0f32; HEAD];
-                for (j, ((d_s, p), row)) in d_p.iter().zip(&p).zip(rows).enumerate() {
-                    axpy(*d_s, &row[width..], &mut d_q);
-                    let (d_k, d_v) = match j.checked_sub(prefix_rows) {
-                        Some(j) => d_own[j * 3 * width + width + head..].split_at_mut(width),
-                        None => match &mut debt {
-                            Some(debt) => debt[j * 2 * width + head..].split_at_mut(width),
-                            None => continue,
-                        },
-                    };
-                    axpy(*d_s, q, d_k);
-                    axpy(*p, d_out, d_v);
-                }
-                let d_row = &mut d_own[at * 3 * width + head..][..HEAD];
-                add_into(d_row, &d_q);
+    let waiting = Mutex::new(Waiting {
+        next: 0,
+        done: BTreeMap::new(),
+        take,
+    });
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= n {
+                return;
+            }
+            let result = work(i);
+            let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            let waiting = &mut *waiting;
+            waiting.done.insert(i, result);
+            while let Some(result) = waiting.done.remove(&waiting.next) {
+                (waiting.take)(waiting.next, result);
+                waiting.next += 1;
             }
         }
+    };
+    match n.min(at_a_time).min(rayon::current_num_threads()) {
+        0 | 1 => worker(),
+        workers => rayon::scope(|scope| (0..workers).for_each(|_| scope.spawn(|_| worker()))),
     }
 }

@@ -1,141 +1,236 @@
-//! Convolution and pooling of the ResNet tower.
+//! Convolution and pooling of the ResNet tower, on images whose channels lie side by side: `(height, width, channels)`.
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Mat, Stored, gemm};
+use super::rows::vectorised;
+use super::{Onto, Packed, Stored};
 
-/// Filters of a convolution that one task computes.
-const FILTER_BLOCK: usize = 32;
+/// Output pixels that are computed at a time: their patches stay in the second-level cache.
+const PIXELS: usize = 96;
 
-/// A convolution's sizes; padding is the same on all sides.
+/// A convolution's sizes; padding keeps the side if the stride is 1.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ConvSizes {
     /// Channels of the input.
     pub(crate) channels: usize,
-    /// Height and width of the input.
-    pub(crate) side: (usize, usize),
     /// Channels of the output.
     pub(crate) filters: usize,
-    /// Side of the kernel.
+    /// Side of the kernel, odd.
     pub(crate) kernel: usize,
     /// Step between outputs.
     pub(crate) stride: usize,
-    /// Zeros around the input.
-    pub(crate) padding: usize,
 }
 
 impl ConvSizes {
-    /// Height and width of the output.
-    pub(crate) fn out_side(&self) -> (usize, usize) {
-        let out = |n: usize| (n + 2 * self.padding - self.kernel) / self.stride + 1;
-        (out(self.side.0), out(self.side.1))
+    /// Zeros around the input.
+    fn padding(&self) -> usize {
+        self.kernel / 2
     }
 
-    /// The input's patches as columns, `(channels·kernel², out_h·out_w)`.
-    fn patches(&self, image: &[f32], columns: &mut [f32]) {
-        let (h, w) = self.side;
-        let (oh, ow) = self.out_side();
-        for (row, out) in columns.chunks_exact_mut(oh * ow).enumerate() {
-            let (c, ky, kx) = (
-                row / (self.kernel * self.kernel),
-                row / self.kernel % self.kernel,
-                row % self.kernel,
+    /// Pixels of a patch, times channels.
+    fn patch(&self) -> usize {
+        self.kernel * self.kernel * self.channels
+    }
+
+    /// Height and width of the output.
+    pub(crate) fn out_side(&self, (h, w): (usize, usize)) -> (usize, usize) {
+        let out = |n: usize| (n + 2 * self.padding() - self.kernel) / self.stride + 1;
+        (out(h), out(w))
+    }
+
+    /// The patches below the output pixels `range`, a row each, in the order of the kernel: row, column, channel.
+    fn patches(&self, x: &[f32], (h, w): (usize, usize), range: Range<usize>, rows: &mut [f32]) {
+        let out_width = self.out_side((h, w)).1;
+        let (line, channels) = (self.kernel * self.channels, self.channels);
+        for (pixel, row) in range.zip(rows.chunks_exact_mut(self.patch())) {
+            let (top, left) = (
+                pixel / out_width * self.stride,
+                pixel % out_width * self.stride,
             );
-            let plane = &image[c * h * w..(c + 1) * h * w];
-            for (oy, out) in out.chunks_exact_mut(ow).enumerate() {
-                let y = (oy * self.stride + ky).wrapping_sub(self.padding);
+            for (ky, row) in row.chunks_exact_mut(line).enumerate() {
+                let y = (top + ky).wrapping_sub(self.padding());
                 if y >= h {
-                    out.fill(0.0);
+                    row.fill(0.0);
                     continue;
                 }
-                let line = &plane[y * w..(y + 1) * w];
-                for (ox, out) in out.iter_mut().enumerate() {
-                    let x = (ox * self.stride + kx).wrapping_sub(self.padding);
-                    *out = line.get(x).copied().unwrap_or(0.0);
+                let from = &x[y * w * channels..][..w * channels];
+                if left >= self.padding() && left - self.padding() + self.kernel <= w {
+                    row.copy_from_slice(&from[(left - self.padding()) * channels..][..line]);
+                    continue;
+                }
+                for (kx, cell) in row.chunks_exact_mut(channels).enumerate() {
+                    let x = (left + kx).wrapping_sub(self.padding());
+                    match x < w {
+                        true => cell.copy_from_slice(&from[x * channels..][..channels]),
+                        false => cell.fill(0.0),
+                    }
                 }
             }
         }
     }
 }
 
-/// Convolution, then `scale·y + shift` of each channel and, if asked, ReLU: a frozen convolution with its BatchNorm.
-///
-/// `x (batch, channels, h, w)` → `out (batch, filters, out_h, out_w)`; `weight (filters, channels·kernel²)`.
-pub(crate) fn conv(
-    x: &[f32],
-    s: ConvSizes,
-    weight: &Stored,
-    scale: &[f32],
-    shift: &[f32],
-    relu: bool,
-    out: &mut [f32],
-) {
-    let (oh, ow) = s.out_side();
-    let (k, n) = (s.channels * s.kernel * s.kernel, oh * ow);
-    assert!(
-        weight.len() == s.filters * k && scale.len() == s.filters && shift.len() == s.filters,
-        "matrix sizes"
-    );
-    let mut wide = Vec::new();
-    let weight = match weight {
-        Stored::F32(w) => w.as_slice(),
-        _ => {
-            weight.widen_into(0..weight.len(), &mut wide);
-            wide.as_slice()
-        }
-    };
-    let image = s.channels * s.side.0 * s.side.1;
-    out.par_chunks_mut(s.filters * n)
-        .zip(x.par_chunks(image))
-        .for_each(|(out, x)| {
-            let mut columns = Vec::new();
-            let columns = if s.kernel == 1 && s.stride == 1 && s.padding == 0 {
-                x
-            } else {
-                columns.resize(k * n, 0.0);
-                s.patches(x, &mut columns);
-                &columns
-            };
-            // Filters in fixed blocks, so that one image alone can use every core.
-            out.par_chunks_mut(FILTER_BLOCK * n)
-                .enumerate()
-                .for_each(|(i, out)| {
-                    let first = i * FILTER_BLOCK;
-                    let filters = out.len() / n;
-                    let w = Mat::rows(&weight[first * k..(first + filters) * k], k);
-                    gemm(filters, n, k, 1.0, w, Mat::rows(columns, n), 0.0, out, n);
-                    for ((out, scale), shift) in out
-                        .chunks_exact_mut(n)
-                        .zip(&scale[first..])
-                        .zip(&shift[first..])
-                    {
-                        for y in out {
-                            *y = *y * scale + shift;
-                            if relu {
-                                *y = y.max(0.0);
-                            }
-                        }
-                    }
-                });
-        });
+/// What becomes of a convolution's result `y`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Finish {
+    /// `out = y`.
+    Linear,
+    /// `out = max(y, 0)`.
+    Relu,
+    /// `out = max(out + y, 0)`.
+    AddRelu,
 }
 
-/// Mean over squares of `factor` pixels, stepping by the same.
-pub(crate) fn average_pool(x: &[f32], side: (usize, usize), factor: usize, out: &mut [f32]) {
-    let (h, w) = side;
+/// A frozen convolution with its BatchNorm, which only scales and shifts each filter.
+#[derive(Debug)]
+pub(crate) struct Conv {
+    sizes: ConvSizes,
+    /// `(kernel²·channels, filters)`.
+    weight: Packed,
+    scale: Vec<f32>,
+    shift: Vec<f32>,
+}
+
+impl Conv {
+    /// `weight` is `(filters, channels, kernel, kernel)`.
+    pub(crate) fn new(sizes: ConvSizes, weight: &Stored, scale: Vec<f32>, shift: Vec<f32>) -> Self {
+        let (channels, area) = (sizes.channels, sizes.kernel * sizes.kernel);
+        let weight = Packed::new((sizes.patch(), sizes.filters), |row, filter| {
+            weight.get((filter * channels + row % channels) * area + row / channels)
+        });
+        Self {
+            sizes,
+            weight,
+            scale,
+            shift,
+        }
+    }
+
+    pub(crate) fn sizes(&self) -> ConvSizes {
+        self.sizes
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.weight.bytes() + 4 * (self.scale.len() + self.shift.len())
+    }
+
+    /// Floats that [`Conv::apply`] needs beside input and output.
+    pub(crate) fn scratch(&self) -> usize {
+        PIXELS * (self.sizes.patch() + self.sizes.filters)
+    }
+
+    /// `x (height, width, channels)` → `out (height', width', filters)`, and the latter's height and width.
+    pub(crate) fn apply(
+        &self,
+        x: &[f32],
+        side: (usize, usize),
+        finish: Finish,
+        scratch: &mut [f32],
+        out: &mut [f32],
+    ) -> (usize, usize) {
+        let (h, w) = self.sizes.out_side(side);
+        let blocks = out[..h * w * self.sizes.filters].chunks_mut(PIXELS * self.sizes.filters);
+        for (i, out) in blocks.enumerate() {
+            self.block(x, side, i * PIXELS, finish, scratch, out);
+        }
+        (h, w)
+    }
+
+    /// As [`Conv::apply`] on all threads, with scratch memory of each block's own; the same bits.
+    pub(crate) fn apply_parallel(
+        &self,
+        x: &[f32],
+        side: (usize, usize),
+        finish: Finish,
+        out: &mut [f32],
+    ) -> (usize, usize) {
+        /// Pixels of a task: a quarter, so that small images have enough of them.
+        const FEW: usize = PIXELS / 4;
+        let (h, w) = self.sizes.out_side(side);
+        out[..h * w * self.sizes.filters]
+            .par_chunks_mut(FEW * self.sizes.filters)
+            .enumerate()
+            .for_each_init(
+                || vec![0.0; self.scratch() / 4],
+                |scratch, (i, out)| self.block(x, side, i * FEW, finish, scratch, out),
+            );
+        (h, w)
+    }
+
+    /// The output pixels from `first` on that `out` has room for.
+    fn block(
+        &self,
+        x: &[f32],
+        side: (usize, usize),
+        first: usize,
+        finish: Finish,
+        scratch: &mut [f32],
+        out: &mut [f32],
+    ) {
+        let (s, filters) = (&self.sizes, self.sizes.filters);
+        let m = out.len() / filters;
+        let (rows, y) = scratch.split_at_mut(m * s.patch());
+        let rows = if s.kernel == 1 && s.stride == 1 {
+            &x[first * s.channels..][..m * s.channels]
+        } else {
+            s.patches(x, side, first..first + m, rows);
+            rows
+        };
+        let y = &mut y[..m * filters];
+        self.weight.multiply(rows, m, Onto::Bias(None), y);
+        vectorised(
+            #[inline(always)]
+            || {
+                for (out, y) in out.chunks_exact_mut(filters).zip(y.chunks_exact(filters)) {
+                    self.finish(finish, y, out);
+                }
+            },
+        );
+    }
+
+    /// BatchNorm and what follows of one pixel.
+    #[inline(always)]
+    fn finish(&self, finish: Finish, y: &[f32], out: &mut [f32]) {
+        let affine = self.scale.iter().zip(&self.shift);
+        for ((out, y), (scale, shift)) in out.iter_mut().zip(y).zip(affine) {
+            let y = y * scale + shift;
+            *out = match finish {
+                Finish::Linear => y,
+                Finish::Relu => relu(y),
+                Finish::AddRelu => relu(*out + y),
+            };
+        }
+    }
+}
+
+/// What is not a number stays so.
+#[inline(always)]
+fn relu(x: f32) -> f32 {
+    if x < 0.0 { 0.0 } else { x }
+}
+
+/// Mean over squares of `factor` pixels, stepping by the same; gives the new height and width.
+pub(crate) fn average_pool(
+    x: &[f32],
+    (h, w): (usize, usize),
+    channels: usize,
+    factor: usize,
+    out: &mut [f32],
+) -> (usize, usize) {
     let (oh, ow) = (h / factor, w / factor);
     let norm = 1.0 / (factor * factor) as f32;
-    out.par_chunks_mut(oh * ow)
-        .zip(x.par_chunks(h * w))
-        .for_each(|(out, x)| {
-            for (i, out) in out.iter_mut().enumerate() {
-                let (oy, ox) = (i / ow * factor, i % ow * factor);
-                let sum: f32 = (0..factor)
-                    .map(|y| x[(oy + y) * w + ox..][..factor].iter().sum::<f32>())
-                    .sum();
-                *out = sum * norm;
-            }
-        });
+    for (i, out) in out.chunks_exact_mut(channels).take(oh * ow).enumerate() {
+        let (top, left) = (i / ow * factor, i % ow * factor);
+        out.fill(0.0);
+        for pixel in (0..factor * factor).map(|i| (top + i / factor) * w + left + i % factor) {
+            let x = &x[pixel * channels..][..channels];
+            out.iter_mut().zip(x).for_each(|(out, x)| *out += x);
+        }
+        out.iter_mut().for_each(|out| *out *= norm);
+    }
+    (oh, ow)
 }
 
 #[cfg(test)]
@@ -149,33 +244,54 @@ mod tests {
 
         #[test]
         fn convolution_equals_the_plain_sum(
-            channels in 1usize..4, h in 3usize..9, w in 3usize..9, filters in 1usize..40,
+            channels in 1usize..4, h in 3usize..15, w in 3usize..15, filters in 1usize..40,
             kernel in prop::sample::select(vec![1usize, 3]), stride in 1usize..3, seed in any::<u64>(),
+            finish in prop::sample::select(vec![Finish::Linear, Finish::Relu, Finish::AddRelu]),
         ) {
-            let s = ConvSizes { channels, side: (h, w), filters, kernel, stride, padding: kernel / 2 };
-            let (oh, ow) = s.out_side();
-            let x = numbers(2 * channels * h * w, seed);
+            let s = ConvSizes { channels, filters, kernel, stride };
+            let (oh, ow) = s.out_side((h, w));
+            let x = numbers(channels * h * w, seed);
             let weight = numbers(filters * channels * kernel * kernel, seed ^ 1);
             let (scale, shift) = (numbers(filters, seed ^ 2), numbers(filters, seed ^ 3));
-            let mut out = vec![f32::NAN; 2 * filters * oh * ow];
-            conv(&x, s, &Stored::F32(weight.clone()), &scale, &shift, true, &mut out);
+            let before = numbers(filters * oh * ow, seed ^ 4);
+            let conv = Conv::new(s, &Stored::F32(weight.clone()), scale.clone(), shift.clone());
+            let mut out = before.clone();
+            let mut scratch = vec![f32::NAN; conv.scratch()];
+            prop_assert_eq!(conv.apply(&x, (h, w), finish, &mut scratch, &mut out), (oh, ow));
             for (i, &y) in out.iter().enumerate() {
-                let (b, f, oy, ox) = (i / (filters * oh * ow), i / (oh * ow) % filters, i / ow % oh, i % ow);
+                let (oy, ox, f) = (i / filters / ow, i / filters % ow, i % filters);
                 let mut sum = 0.0f64;
                 for c in 0..channels {
                     for ky in 0..kernel {
                         for kx in 0..kernel {
-                            let (y, x_) = ((oy * stride + ky) as i64 - s.padding as i64, (ox * stride + kx) as i64 - s.padding as i64);
+                            let (y, x_) = ((oy * stride + ky) as i64 - s.padding() as i64, (ox * stride + kx) as i64 - s.padding() as i64);
                             if (0..h as i64).contains(&y) && (0..w as i64).contains(&x_) {
-                                sum += x[((b * channels + c) * h + y as usize) * w + x_ as usize] as f64
+                                sum += x[(y as usize * w + x_ as usize) * channels + c] as f64
                                     * weight[((f * channels + c) * kernel + ky) * kernel + kx] as f64;
                             }
                         }
                     }
                 }
-                let expected = (sum as f32 * scale[f] + shift[f]).max(0.0);
+                let linear = sum as f32 * scale[f] + shift[f];
+                let expected = match finish {
+                    Finish::Linear => linear,
+                    Finish::Relu => linear.max(0.0),
+                    Finish::AddRelu => (before[i] + linear).max(0.0),
+                };
                 prop_assert!((y - expected).abs() < 1e-4, "{y} {expected}");
             }
+            let mut again = before;
+            prop_assert_eq!(conv.apply_parallel(&x, (h, w), finish, &mut again), (oh, ow));
+            prop_assert_eq!(out, again);
         }
+    }
+
+    #[test]
+    fn pooling_takes_means_of_squares() {
+        // Two channels of a 2×4 image.
+        let x: Vec<f32> = (0..16).map(|i| i as f32).collect();
+        let mut out = vec![f32::NAN; 4];
+        assert_eq!(average_pool(&x, (2, 4), 2, 2, &mut out), (1, 2));
+        assert_eq!(out, [5.0, 6.0, 9.0, 10.0]);
     }
 }

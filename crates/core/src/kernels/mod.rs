@@ -5,6 +5,7 @@
 
 mod conv;
 mod packed;
+pub(crate) mod rows;
 
 use std::ops::Range;
 
@@ -14,7 +15,7 @@ use rayon::prelude::*;
 
 use crate::Activation;
 
-pub(crate) use conv::{ConvSizes, average_pool, conv};
+pub(crate) use conv::{Conv, ConvSizes, Finish, average_pool};
 pub(crate) use packed::{Onto, Packed};
 
 /// Columns of a product that one task computes.
@@ -39,30 +40,12 @@ impl Stored {
         }
     }
 
-    /// Bytes held.
-    pub(crate) fn bytes(&self) -> usize {
-        match self {
-            Self::F32(v) => 4 * v.len(),
-            Self::F16(v) => 2 * v.len(),
-            Self::Bf16(v) => 2 * v.len(),
-        }
-    }
-
     /// One element as f32.
     pub(crate) fn get(&self, at: usize) -> f32 {
         match self {
             Self::F32(v) => v[at],
             Self::F16(v) => v[at].to_f32(),
             Self::Bf16(v) => v[at].to_f32(),
-        }
-    }
-
-    /// Elements `range` as f32, appended to `out`.
-    pub(crate) fn widen_into(&self, range: Range<usize>, out: &mut Vec<f32>) {
-        match self {
-            Self::F32(v) => out.extend_from_slice(&v[range]),
-            Self::F16(v) => out.extend(v[range].iter().map(|x| x.to_f32())),
-            Self::Bf16(v) => out.extend(v[range].iter().map(|x| x.to_f32())),
         }
     }
 }
@@ -148,10 +131,10 @@ pub(crate) fn gemm(
     }
 }
 
-/// A pointer that tasks share; each writes its own columns.
+/// A pointer that tasks share; each writes its own elements.
 #[derive(Clone, Copy)]
 struct Shared(*mut f32);
-// SAFETY: only `by_columns` makes one, and its tasks write disjoint columns.
+// SAFETY: whoever makes one gives its tasks disjoint elements.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}
@@ -275,55 +258,23 @@ pub(crate) fn column_sums(x: &[f32], sums: &mut [f32]) {
     }
 }
 
-/// Mean and reciprocal standard deviation of a row.
-fn moments(row: &[f32], eps: f32) -> (f32, f32) {
-    let n = row.len() as f32;
-    let mean = row.iter().sum::<f32>() / n;
-    let variance = row.iter().map(|x| (x - mean) * (x - mean)).sum::<f32>() / n;
-    (mean, 1.0 / (variance + eps).sqrt())
-}
-
-/// LayerNorm of each row of `x`, with frozen gain and bias.
+/// [`rows::layer_norm`] on all threads.
 pub(crate) fn layer_norm(x: &[f32], gain: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
-    let width = gain.len();
-    let rows = ROW_BLOCK * width;
+    let rows = ROW_BLOCK * gain.len();
     out.par_chunks_mut(rows)
         .zip(x.par_chunks(rows))
-        .for_each(|(out, x)| {
-            for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                let (mean, rstd) = moments(x, eps);
-                for (((out, x), gain), bias) in out.iter_mut().zip(x).zip(gain).zip(bias) {
-                    *out = (x - mean) * rstd * gain + bias;
-                }
-            }
-        });
+        .for_each(|(out, x)| rows::layer_norm(x, gain, bias, eps, out));
 }
 
 /// The gradient of [`layer_norm`] with respect to `x`.
 pub(crate) fn layer_norm_backward(x: &[f32], gain: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]) {
-    let width = gain.len();
-    let rows = ROW_BLOCK * width;
+    let rows = ROW_BLOCK * gain.len();
     dx.par_chunks_mut(rows)
         .zip(x.par_chunks(rows))
         .zip(dy.par_chunks(rows))
         .for_each(|((dx, x), dy)| {
-            for ((dx, x), dy) in dx
-                .chunks_exact_mut(width)
-                .zip(x.chunks_exact(width))
-                .zip(dy.chunks_exact(width))
-            {
-                let (mean, rstd) = moments(x, eps);
-                let (mut sum, mut dot) = (0.0f32, 0.0f32);
-                for ((x, dy), gain) in x.iter().zip(dy).zip(gain) {
-                    let g = dy * gain;
-                    sum += g;
-                    dot += g * (x - mean) * rstd;
-                }
-                let (sum, dot) = (sum / width as f32, dot / width as f32);
-                for (((dx, x), dy), gain) in dx.iter_mut().zip(x).zip(dy).zip(gain) {
-                    *dx = rstd * (dy * gain - sum - (x - mean) * rstd * dot);
-                }
-            }
+            dx.fill(0.0);
+            rows::layer_norm_backward(x, gain, eps, dy, dx);
         });
 }
 
@@ -332,96 +283,40 @@ pub(crate) fn layer_norm_gain_gradient(x: &[f32], dy: &[f32], eps: f32, dgain: &
     let width = dgain.len();
     dgain.fill(0.0);
     for (x, dy) in x.chunks_exact(width).zip(dy.chunks_exact(width)) {
-        let (mean, rstd) = moments(x, eps);
+        let (mean, rstd) = rows::moments(x, eps);
         for ((dgain, x), dy) in dgain.iter_mut().zip(x).zip(dy) {
             *dgain += dy * (x - mean) * rstd;
         }
     }
 }
 
-/// `e^x` to a relative error of 2.5e-7, without a branch or a call, so that loops over it use vector units.
-///
-/// `2^k · e^r` with `k` the nearest integer to `x / ln 2`; the polynomial of `e^r` is that of Cephes' `expf`.
-fn exp(x: f32) -> f32 {
-    // Adding 1.5·2²³ leaves the nearest integer in the low bits.
-    const ROUND: f32 = 12_582_912.0;
-    const LARGEST: f32 = 88.37;
-    const SMALLEST: f32 = -87.33;
-    let inside = x.clamp(SMALLEST, LARGEST);
-    let shifted = inside * std::f32::consts::LOG2_E + ROUND;
-    let k = shifted - ROUND;
-    let r = inside - k * 0.693_359_4 + k * 2.121_944_4e-4;
-    let mut p = 1.987_569_1e-4;
-    for c in [
-        1.398_199_9e-3,
-        8.333_452e-3,
-        4.166_579_6e-2,
-        1.666_666_5e-1,
-        0.5,
-    ] {
-        p = p * r + c;
-    }
-    let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
-    let y = (p * r * r + r + 1.0) * power;
-    let y = if x < SMALLEST { 0.0 } else { y };
-    if x > LARGEST { f32::INFINITY } else { y }
-}
+/// Elements that one task of an element-wise pass handles.
+const ELEMENT_BLOCK: usize = 4096;
 
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x))
-}
-
-const QUICK: f32 = 1.702;
-
-/// The MLP's nonlinearity, element by element.
+/// [`rows::activate`] on all threads.
 pub(crate) fn activate(kind: Activation, x: &[f32], out: &mut [f32]) {
-    let f = |x: f32| match kind {
-        Activation::QuickGelu => x * sigmoid(QUICK * x),
-        Activation::Gelu => 0.5 * x * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2)),
-    };
-    out.par_chunks_mut(4096)
-        .zip(x.par_chunks(4096))
-        .for_each(|(out, x)| {
-            for (out, x) in out.iter_mut().zip(x) {
-                *out = f(*x);
-            }
-        });
+    out.par_chunks_mut(ELEMENT_BLOCK)
+        .zip(x.par_chunks(ELEMENT_BLOCK))
+        .for_each(|(out, x)| rows::activate(kind, x, out));
 }
 
 /// The gradient of [`activate`].
 pub(crate) fn activate_backward(kind: Activation, x: &[f32], dy: &[f32], dx: &mut [f32]) {
-    let derivative = |x: f32| match kind {
-        Activation::QuickGelu => {
-            let s = sigmoid(QUICK * x);
-            s * (1.0 + QUICK * x * (1.0 - s))
-        }
-        Activation::Gelu => {
-            let density = (-0.5 * x * x).exp() / (2.0 * std::f32::consts::PI).sqrt();
-            0.5 * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2)) + x * density
-        }
-    };
-    dx.par_chunks_mut(4096)
-        .zip(x.par_chunks(4096))
-        .zip(dy.par_chunks(4096))
+    dx.par_chunks_mut(ELEMENT_BLOCK)
+        .zip(x.par_chunks(ELEMENT_BLOCK))
+        .zip(dy.par_chunks(ELEMENT_BLOCK))
         .for_each(|((dx, x), dy)| {
-            for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
-                *dx = dy * derivative(*x);
-            }
+            dx.copy_from_slice(dy);
+            rows::activate_backward(kind, x, dx);
         });
 }
 
-/// Softmax of a row in place; entries of minus infinity become zero.
+/// [`rows::softmax`], compiled for the processor's vector units.
 pub(crate) fn softmax_row(row: &mut [f32]) {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0.0;
-    for x in row.iter_mut() {
-        *x = exp(*x - max);
-    }
-    for x in row.iter() {
-        sum += *x;
-    }
-    let scale = 1.0 / sum;
-    row.iter_mut().for_each(|x| *x *= scale);
+    rows::vectorised(
+        #[inline(always)]
+        || rows::softmax(row),
+    );
 }
 
 /// Sizes of a self-attention over packed queries, keys and values.
@@ -619,13 +514,13 @@ pub(crate) mod tests {
         for i in -8_700..8_830 {
             let x = i as f32 * 0.01 + 0.003;
             let expected = f64::from(x).exp();
-            let error = (f64::from(exp(x)) - expected).abs() / expected;
+            let error = (f64::from(rows::exp(x)) - expected).abs() / expected;
             assert!(error < 2.5e-7, "{x}: {error}");
         }
-        assert_eq!(exp(0.0), 1.0);
-        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
-        assert_eq!(exp(f32::INFINITY), f32::INFINITY);
-        assert!(exp(f32::NAN).is_nan());
+        assert_eq!(rows::exp(0.0), 1.0);
+        assert_eq!(rows::exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(rows::exp(f32::INFINITY), f32::INFINITY);
+        assert!(rows::exp(f32::NAN).is_nan());
     }
 
     #[test]

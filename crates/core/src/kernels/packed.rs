@@ -5,8 +5,13 @@
 //! dimension is walked in fixed blocks and never divided among threads, so the bits do not depend on their number; they do
 //! depend on whether the processor fuses multiplication and addition.
 
+use std::cell::RefCell;
+use std::ops::Range;
+
 use half::{bf16, f16};
 use rayon::prelude::*;
+
+use super::Shared;
 
 /// Columns of a panel.
 const LANES: usize = 16;
@@ -96,22 +101,6 @@ impl Packed {
         })
     }
 
-    /// As [`Packed::multiply`], on all threads; the same bits, since a row does not feel the others.
-    pub(crate) fn multiply_parallel(&self, a: &[f32], m: usize, onto: Onto<'_>, out: &mut [f32]) {
-        const ROWS: usize = 60;
-        if self.k == 0 || self.n == 0 {
-            return self.multiply(a, m, onto, out);
-        }
-        assert!(
-            a.len() >= m * self.k && out.len() >= m * self.n,
-            "matrix sizes"
-        );
-        out[..m * self.n]
-            .par_chunks_mut(ROWS * self.n)
-            .zip(a[..m * self.k].par_chunks(ROWS * self.k))
-            .for_each(|(out, a)| self.multiply(a, out.len() / self.n, onto, out));
-    }
-
     pub(crate) fn bytes(&self) -> usize {
         match &self.panels {
             Panels::F32(v) => 4 * v.len(),
@@ -122,37 +111,93 @@ impl Packed {
 
     /// `out (m, n) = a (m, k) · B`, added to what `onto` says, on the calling thread.
     pub(crate) fn multiply(&self, a: &[f32], m: usize, onto: Onto<'_>, out: &mut [f32]) {
+        self.multiply_columns(a, m, 0..self.n, onto, out, self.n);
+    }
+
+    /// As [`Packed::multiply`] for some of B's columns, the first of which begins a panel; the rows of `out` begin `pitch`
+    /// apart, and `onto`'s bias is that of all columns.
+    pub(crate) fn multiply_columns(
+        &self,
+        a: &[f32],
+        m: usize,
+        columns: Range<usize>,
+        onto: Onto<'_>,
+        out: &mut [f32],
+        pitch: usize,
+    ) {
+        if m == 0 || columns.is_empty() {
+            return;
+        }
+        assert!(
+            a.len() >= m * self.k && out.len() >= (m - 1) * pitch + columns.len(),
+            "matrix sizes"
+        );
+        // SAFETY: the assertion above, and `out` is borrowed alone.
+        unsafe { self.onto_pointer(a, m, columns, onto, out.as_mut_ptr(), pitch) }
+    }
+
+    /// As [`Packed::multiply`], on all threads; the same bits, since no element feels the others.
+    pub(crate) fn multiply_parallel(&self, a: &[f32], m: usize, onto: Onto<'_>, out: &mut [f32]) {
+        /// Rows and columns of a task.
+        const TASK: (usize, usize) = (60, 256);
+        if m == 0 || self.n == 0 {
+            return;
+        }
         assert!(
             a.len() >= m * self.k && out.len() >= m * self.n,
             "matrix sizes"
         );
-        let bias = match onto {
-            Onto::Bias(bias) => {
-                match bias {
-                    Some(bias) => out
-                        .chunks_exact_mut(self.n)
-                        .take(m)
-                        .for_each(|row| row.copy_from_slice(bias)),
-                    None => out[..m * self.n].fill(0.0),
+        let out = Shared(out.as_mut_ptr());
+        let across = self.n.div_ceil(TASK.1);
+        (0..m.div_ceil(TASK.0) * across)
+            .into_par_iter()
+            .for_each(|task| {
+                let first = task / across * TASK.0;
+                let columns = task % across * TASK.1;
+                let rows = TASK.0.min(m - first);
+                let to = out.at(first * self.n + columns);
+                let columns = columns..self.n.min(columns + TASK.1);
+                // SAFETY: rows and columns of a task lie inside `out`, and no two tasks share an element.
+                unsafe { self.onto_pointer(&a[first * self.k..], rows, columns, onto, to, self.n) };
+            });
+    }
+
+    /// # Safety
+    /// `out` must be good for `m` rows of `columns.len()` elements, `pitch` apart, that nobody else touches.
+    unsafe fn onto_pointer(
+        &self,
+        a: &[f32],
+        m: usize,
+        columns: Range<usize>,
+        onto: Onto<'_>,
+        out: *mut f32,
+        pitch: usize,
+    ) {
+        assert!(
+            columns.start.is_multiple_of(LANES) && columns.end <= self.n && pitch >= columns.len(),
+            "columns of a product"
+        );
+        for row in 0..m {
+            // SAFETY: a row of the output, as the caller promises.
+            let row =
+                unsafe { std::slice::from_raw_parts_mut(out.add(row * pitch), columns.len()) };
+            match onto {
+                Onto::Bias(Some(bias)) => row.copy_from_slice(&bias[columns.clone()]),
+                Onto::Bias(None) => row.fill(0.0),
+                Onto::Output(Some(bias)) => {
+                    let bias = &bias[columns.clone()];
+                    row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
                 }
-                None
+                Onto::Output(None) => {}
             }
-            Onto::Output(bias) => bias,
-        };
-        if let Some(bias) = bias {
-            for row in out.chunks_exact_mut(self.n).take(m) {
-                row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
-            }
-        }
-        if m == 0 || self.k == 0 {
-            return;
         }
         let job = Job {
             a,
             m,
             k: self.k,
-            n: self.n,
+            columns,
             out,
+            pitch,
         };
         match &self.panels {
             Panels::F32(panels) => run(job, panels),
@@ -162,32 +207,42 @@ impl Packed {
     }
 }
 
+/// Adds `a (m, k) · B[.., columns]` to the output.
 struct Job<'a> {
     a: &'a [f32],
     m: usize,
     k: usize,
-    n: usize,
-    out: &'a mut [f32],
+    columns: Range<usize>,
+    /// Good for `m` rows of `columns.len()` elements, `pitch` apart, that nobody else touches.
+    out: *mut f32,
+    pitch: usize,
+}
+
+thread_local! {
+    /// A block of depth of the rows that are being multiplied.
+    static ROWS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Adds the product to the output with the widest vectors that the processor has.
 fn run<T: Element>(job: Job<'_>, panels: &[T]) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if std::arch::is_x86_feature_detected!("avx512f") {
-            // SAFETY: the feature is there.
-            return unsafe { x86::run_avx512(job, panels) };
-        }
-        if std::arch::is_x86_feature_detected!("avx2")
-            && std::arch::is_x86_feature_detected!("fma")
-            && std::arch::is_x86_feature_detected!("f16c")
+    ROWS.with_borrow_mut(|rows| {
+        #[cfg(target_arch = "x86_64")]
         {
-            // SAFETY: the features are there.
-            return unsafe { x86::run_avx2(job, panels) };
+            if std::arch::is_x86_feature_detected!("avx512f") {
+                // SAFETY: the feature is there.
+                return unsafe { x86::run_avx512(job, panels, rows) };
+            }
+            if std::arch::is_x86_feature_detected!("avx2")
+                && std::arch::is_x86_feature_detected!("fma")
+                && std::arch::is_x86_feature_detected!("f16c")
+            {
+                // SAFETY: the features are there.
+                return unsafe { x86::run_avx2(job, panels, rows) };
+            }
         }
-    }
-    // SAFETY: plain arrays need no feature.
-    unsafe { walk::<Plain, T, 4>(job, panels) }
+        // SAFETY: plain arrays need no feature.
+        unsafe { walk::<Plain, T, 4>(job, panels, rows) }
+    });
 }
 
 /// Sixteen numbers in the registers of an instruction set.
@@ -237,84 +292,120 @@ impl Element for bf16 {
 }
 
 /// All tiles, block of depth by block of depth.
+///
+/// Rows that lie whole pages apart would fall into the same sets of the first cache: a block of them is copied.
 #[inline(always)]
-unsafe fn walk<L: Lanes, T: Element, const ROWS: usize>(job: Job<'_>, panels: &[T]) {
-    let Job { a, m, k, n, out } = job;
+unsafe fn walk<L: Lanes, T: Element, const TALLEST: usize>(
+    job: Job<'_>,
+    panels: &[T],
+    rows: &mut Vec<f32>,
+) {
+    let (m, k) = (job.m, job.k);
+    let copied = k % 1024 == 0;
+    let pitch = if copied { DEPTH + LANES } else { k };
+    if copied {
+        rows.resize((m * pitch).max(rows.len()), 0.0);
+    }
+    // Tiles of nearly equal height: a low one cannot hide the latency of its sums.
+    let tiles = m.div_ceil(TALLEST);
     let mut start = 0;
     while start < k {
         let depth = DEPTH.min(k - start);
-        for first in (0..n).step_by(LANES) {
-            let panel = panels[first * k + start * LANES..][..depth * LANES].as_ptr();
-            let columns = LANES.min(n - first);
-            let mut row = 0;
-            while row + ROWS <= m {
-                // SAFETY: `ROWS` rows of `a` and of `out` from `row` on, `depth` rows of the panel: all inside the slices.
-                unsafe {
-                    tile::<L, T, ROWS>(
-                        &a[row * k + start..],
-                        k,
-                        panel,
-                        depth,
-                        &mut out[row * n + first..],
-                        n,
-                        columns,
-                    );
+        let a = match copied {
+            true => {
+                for (to, from) in rows.chunks_exact_mut(pitch).zip(job.a.chunks(k)).take(m) {
+                    to[..depth].copy_from_slice(&from[start..start + depth]);
                 }
-                row += ROWS;
+                rows.as_slice()
             }
-            while row < m {
-                // SAFETY: as above, for one row.
+            false => &job.a[start..],
+        };
+        for first in job.columns.clone().step_by(LANES) {
+            let panel = panels[first * k + start * LANES..][..depth * LANES].as_ptr();
+            let columns = LANES.min(job.columns.end - first);
+            let mut row = 0;
+            for tile in 0..tiles {
+                let height = m * (tile + 1) / tiles - row;
+                let a = &a[row * pitch..][..(height - 1) * pitch + depth];
+                // SAFETY: `height` rows of the output from `row` on, these columns of it; the rest is checked by the slices.
                 unsafe {
-                    tile::<L, T, 1>(
-                        &a[row * k + start..],
-                        k,
+                    let out = job.out.add(row * job.pitch + first - job.columns.start);
+                    let part = Tile {
+                        a: a.as_ptr(),
+                        a_pitch: pitch,
                         panel,
                         depth,
-                        &mut out[row * n + first..],
-                        n,
+                        out,
+                        pitch: job.pitch,
                         columns,
-                    );
+                    };
+                    part.add::<L, TALLEST>(height);
                 }
-                row += 1;
+                row += height;
             }
         }
         start += depth;
     }
 }
 
-/// `ROWS` rows of the output in one panel's columns.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn tile<L: Lanes, T: Element, const ROWS: usize>(
-    a: &[f32],
-    a_width: usize,
+/// Some rows of the output in one panel's columns.
+struct Tile<T> {
+    a: *const f32,
+    a_pitch: usize,
     panel: *const T,
     depth: usize,
-    out: &mut [f32],
-    out_width: usize,
+    out: *mut f32,
+    pitch: usize,
     columns: usize,
-) {
-    assert!(
-        a.len() >= (ROWS - 1) * a_width + depth && out.len() >= (ROWS - 1) * out_width + columns
-    );
-    let a = a.as_ptr();
-    // SAFETY: the caller answers for the panel and the instruction set, the assertion for the rest.
-    unsafe {
-        let mut sums = [L::zero(); ROWS];
-        for step in 0..depth {
-            let b = T::load::<L>(panel.add(step * LANES));
-            for (row, sum) in sums.iter_mut().enumerate() {
-                *sum = sum.plus_product(*a.add(row * a_width + step), b);
+}
+
+impl<T: Element> Tile<T> {
+    /// Adds the product of `height` rows, at most `TALLEST`, and the panel.
+    #[inline(always)]
+    unsafe fn add<L: Lanes, const TALLEST: usize>(self, height: usize) {
+        /// Straight-line code, so that the sums stay in registers at any level of optimisation.
+        macro_rules! rows {
+            ($($sum:ident $row:literal)*) => {{
+                $(let mut $sum = L::zero();)*
+                for step in 0..self.depth {
+                    let b = T::load::<L>(self.panel.add(step * LANES));
+                    $($sum = $sum.plus_product(*self.a.add($row * self.a_pitch + step), b);)*
+                }
+                $(self.store($row, $sum);)*
+            }};
+        }
+        // SAFETY: the caller answers for the pointers and the instruction set.
+        unsafe {
+            // The conditions are known to the compiler: heights that never come are not generated.
+            match height {
+                1 if TALLEST >= 1 => rows!(a 0),
+                2 if TALLEST >= 2 => rows!(a 0 b 1),
+                3 if TALLEST >= 3 => rows!(a 0 b 1 c 2),
+                4 if TALLEST >= 4 => rows!(a 0 b 1 c 2 d 3),
+                5 if TALLEST >= 5 => rows!(a 0 b 1 c 2 d 3 e 4),
+                6 if TALLEST >= 6 => rows!(a 0 b 1 c 2 d 3 e 4 f 5),
+                7 if TALLEST >= 7 => rows!(a 0 b 1 c 2 d 3 e 4 f 5 g 6),
+                8 if TALLEST >= 8 => rows!(a 0 b 1 c 2 d 3 e 4 f 5 g 6 h 7),
+                9 if TALLEST >= 9 => rows!(a 0 b 1 c 2 d 3 e 4 f 5 g 6 h 7 i 8),
+                10 if TALLEST >= 10 => rows!(a 0 b 1 c 2 d 3 e 4 f 5 g 6 h 7 i 8 j 9),
+                11 if TALLEST >= 11 => rows!(a 0 b 1 c 2 d 3 e 4 f 5 g 6 h 7 i 8 j 9 k 10),
+                12 if TALLEST >= 12 => rows!(a 0 b 1 c 2 d 3 e 4 f 5 g 6 h 7 i 8 j 9 k 10 l 11),
+                _ => unreachable!("a tile of {height} rows"),
             }
         }
-        for (row, sum) in sums.into_iter().enumerate() {
-            let to = out.as_mut_ptr().add(row * out_width);
-            if columns == LANES {
+    }
+
+    #[inline(always)]
+    unsafe fn store<L: Lanes>(&self, row: usize, sum: L) {
+        // SAFETY: the caller answers for the pointers and the instruction set.
+        unsafe {
+            let to = self.out.add(row * self.pitch);
+            if self.columns == LANES {
                 L::load(to).plus(sum).store(to);
             } else {
                 let mut part = [0.0f32; LANES];
                 sum.store(part.as_mut_ptr());
-                for (column, x) in part.into_iter().take(columns).enumerate() {
+                for (column, x) in part.into_iter().take(self.columns).enumerate() {
                     *to.add(column) += x;
                 }
             }
@@ -378,17 +469,17 @@ mod x86 {
     /// # Safety
     /// Needs AVX2, FMA and F16C.
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) unsafe fn run_avx2<T: Element>(job: Job<'_>, panels: &[T]) {
+    pub(super) unsafe fn run_avx2<T: Element>(job: Job<'_>, panels: &[T], rows: &mut Vec<f32>) {
         // SAFETY: the features are those of this function.
-        unsafe { walk::<Avx2, T, 6>(job, panels) }
+        unsafe { walk::<Avx2, T, 6>(job, panels, rows) }
     }
 
     /// # Safety
     /// Needs AVX-512F.
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn run_avx512<T: Element>(job: Job<'_>, panels: &[T]) {
+    pub(super) unsafe fn run_avx512<T: Element>(job: Job<'_>, panels: &[T], rows: &mut Vec<f32>) {
         // SAFETY: the feature is that of this function.
-        unsafe { walk::<Avx512, T, 12>(job, panels) }
+        unsafe { walk::<Avx512, T, 12>(job, panels, rows) }
     }
 
     #[derive(Clone, Copy)]
@@ -578,9 +669,10 @@ mod tests {
             let packed = Packed::new((k, n), |row, column| b[row * n + column] / 3.0);
             let Panels::F32(panels) = &packed.panels else { return Ok(()) };
             let (mut wide, mut plain) = (vec![0.0; m * n], vec![0.0; m * n]);
-            run(Job { a: &a, m, k, n, out: &mut wide }, panels);
+            let job = |out: &mut Vec<f32>| Job { a: &a, m, k, columns: 0..n, out: out.as_mut_ptr(), pitch: n };
+            run(job(&mut wide), panels);
             // SAFETY: plain arrays need no feature.
-            unsafe { walk::<Plain, f32, 4>(Job { a: &a, m, k, n, out: &mut plain }, panels) };
+            unsafe { walk::<Plain, f32, 4>(job(&mut plain), panels, &mut Vec::new()) };
             for (x, y) in wide.iter().zip(&plain) {
                 prop_assert!((x - y).abs() < 1e-6 * k as f32);
             }
