@@ -112,7 +112,12 @@ impl FrozenLinear {
     }
 
     fn turned(&self) -> &Packed {
-        self.backward.get_or_init(|| self.forward.transposed())
+        if let Some(turned) = self.backward.get() {
+            return turned;
+        }
+        // Not inside `get_or_init`: it runs on the pool, and a thread that waits there may come back here.
+        let turned = self.forward.transposed();
+        self.backward.get_or_init(|| turned)
     }
 
     /// Bytes of the layout for the way back that are not there yet.

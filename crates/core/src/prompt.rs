@@ -95,8 +95,13 @@ impl Prompts {
     /// there at the input of block 1, 2, ... (MaPLe's deep prompts). Behind the last of them the rows run on.
     ///
     /// # Errors
-    /// [`Error::Shape`] if it has not as many rows as the learned tensor's contexts.
+    /// [`Error::Shape`] if it has not as many rows as the learned tensor's contexts, [`Error::Data`] if there are deeper rows
+    /// for it already.
     pub fn deepen(&mut self, source: usize, deeper: &Tensor) -> Result<()> {
+        if self.deeper.iter().any(|(known, _)| *known == source) {
+            let message = format!("learned tensor {source} has deeper rows already");
+            return Err(Error::Data(message));
+        }
         let rows = self.learned.get(source).map(|t| t.dims());
         match (rows, deeper.dims()) {
             (Some([.., rows, width]), [_, r, w]) if (rows, width) == (r, w) => {
@@ -117,6 +122,23 @@ impl Prompts {
     /// prompts that share it.
     pub(crate) fn lay_out(&self, tower: &TextTower) -> Result<LaidOut> {
         let (width, room) = (tower.width(), tower.context_length());
+        if self.rows.is_empty() {
+            return Err(Error::Data("there are no prompts to encode".into()));
+        }
+        let deepest = self
+            .deeper
+            .iter()
+            .map(|(_, t)| t.dim(0))
+            .max_by_key(|d| d.as_ref().ok().copied());
+        if let Some(blocks) = deepest
+            .transpose()?
+            .filter(|blocks| *blocks >= tower.blocks())
+        {
+            return Err(Error::Data(format!(
+                "deeper rows for {blocks} blocks; behind the first the tower has {}",
+                tower.blocks() - 1
+            )));
+        }
         let mut words: Vec<u32> = Vec::new();
         let mut word_rows = HashMap::new();
         for id in self.rows.iter().flatten().flat_map(|p| match p {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use candle_core::{DType, Tensor};
 
 use super::inputs::{self, Named};
@@ -139,7 +139,8 @@ impl Setup {
             if contender == record.reference {
                 continue;
             }
-            let errors = errors(&outputs[&contender], expected)?;
+            let whole = row.checks_whole(contender);
+            let errors = errors(&outputs[&contender], expected, whole)?;
             for (name, error) in errors.iter().filter(|(_, error)| **error > TOLERANCE) {
                 record.failures.push(format!(
                     "{}: {name} differs by {error:.1e}, more than {TOLERANCE:.0e}",
@@ -240,8 +241,14 @@ fn make_room(players: &mut [Player], next: usize) -> Result<()> {
 
 /// Largest difference over the largest magnitude of what is expected, by tensor.
 ///
-/// The first rows of a tensor may stand for the whole.
-fn errors(found: &Named, expected: &Named) -> Result<BTreeMap<String, f64>> {
+/// Unless the `whole` step was computed, some tensors may be missing, and the first rows of one stand for all.
+fn errors(found: &Named, expected: &Named, whole: bool) -> Result<BTreeMap<String, f64>> {
+    if let Some(missing) = expected
+        .keys()
+        .find(|name| whole && !found.contains_key(*name))
+    {
+        bail!("`{missing}` was not computed");
+    }
     let largest = |tensor: &Tensor| -> Result<f64> {
         // A maximum would pass over what is not a number.
         let values = tensor
@@ -262,6 +269,10 @@ fn errors(found: &Named, expected: &Named) -> Result<BTreeMap<String, f64>> {
         let expected = expected
             .get(name)
             .with_context(|| format!("the reference has no `{name}`"))?;
+        if whole && found.dims() != expected.dims() {
+            let (found, expected) = (found.dims(), expected.dims());
+            bail!("`{name}` is of shape {found:?}, not {expected:?}");
+        }
         let rows = found.dim(0)?.min(expected.dim(0)?);
         let expected = expected.narrow(0, 0, rows)?;
         let difference = largest(&(found - &expected)?)?;
@@ -291,11 +302,14 @@ mod tests {
     fn errors_are_relative_to_the_largest_magnitude() -> Result<()> {
         let expected = named("x", &[1.0, -4.0, 2.0, 8.0])?;
         let found = named("x", &[1.0, -4.0, 2.0, 6.0])?;
-        assert_eq!(errors(&found, &expected)?["x"], 0.25);
-        assert_eq!(errors(&named("x", &[2.0, -4.0])?, &expected)?["x"], 0.25);
+        assert_eq!(errors(&found, &expected, true)?["x"], 0.25);
+        let part = named("x", &[2.0, -4.0])?;
+        assert_eq!(errors(&part, &expected, false)?["x"], 0.25);
+        assert!(errors(&part, &expected, true).is_err());
+        assert!(errors(&Named::new(), &expected, true).is_err());
         let not_a_number = named("x", &[f32::NAN, -4.0])?;
-        assert_eq!(errors(&not_a_number, &expected)?["x"], f64::MAX);
-        let message = errors(&named("y", &[1.0, 1.0])?, &expected).unwrap_err();
+        assert_eq!(errors(&not_a_number, &expected, false)?["x"], f64::MAX);
+        let message = errors(&named("y", &[1.0, 1.0])?, &expected, false).unwrap_err();
         assert_eq!(message.to_string(), "the reference has no `y`");
         Ok(())
     }

@@ -188,7 +188,7 @@ impl Row {
             Self {
                 name: "cocoop",
                 title: "CoCoOp step: 50 classes, 4 context tokens, batch 4, cached image features",
-                note: "Forward, loss and the gradients of context and meta-network. PyTorch and candle loop over the images, as the authors do.",
+                note: "Forward, loss and the gradients of context and meta-network. PyTorch and candle loop over the images, as the authors do; candle's autograd also forms gradients of frozen weights.",
                 sizes: Sizes::VitB16Text,
                 task: Task::Cocoop {
                     classes: 50,
@@ -200,7 +200,7 @@ impl Row {
                 name: "zeroshot",
                 title: "Zero-shot class features: a sample of 8 templates × 40 names",
                 note: "Every tenth of the 80 ImageNet templates and 40 of the 1,000 names; no gradient. PyTorch and candle encode \
-                       80 prompts at a time, class by class; we all at once, each template's beginning shared.",
+                       80 prompts at a time, as many classes as that is; we all at once, each template's beginning shared.",
                 sizes: Sizes::VitB16Text,
                 task: Task::ZeroShot {
                     templates: 8,

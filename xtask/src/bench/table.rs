@@ -36,7 +36,7 @@ pub(super) fn text(row: &RowRecord) -> String {
 pub(super) fn page(results: &Results) -> String {
     let machine = &results.machine;
     let mut out = format!(
-        "# Steps against PyTorch and candle, {}\n\n{}, {} cores, {}, {}. Random weights of published sizes, f32. \
+        "# Steps against PyTorch and candle, {}\n\n{}, {} cores, {}, {}. Random weights of published sizes that f16 represents exactly; everybody computes in f32, ours keeps matrices in 16 bits. \
          Times and ratios: median (smallest–largest) of interleaved rounds; a ratio is that of the same round. \
          Memory: most of the process's resident memory.\n",
         results.date,

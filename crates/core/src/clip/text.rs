@@ -85,6 +85,11 @@ impl TextTower {
         self.width
     }
 
+    /// Blocks of the transformer.
+    pub(crate) fn blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
     /// Positions, start and end token included.
     pub fn context_length(&self) -> usize {
         self.context_length
@@ -124,11 +129,13 @@ impl TextTower {
 
     /// Raw features of the prompts, `(prompts.len(), embed_dim)`: the end token's row after `ln_final`, projected.
     ///
-    /// Nothing after the longest prompt's end token is computed: the tower is causal, so it cannot matter.
+    /// Nothing after a prompt's end token is computed, and a beginning that prompts share only once: the tower is causal.
     ///
     /// # Errors
     /// [`Error::PromptTooLong`] if a prompt has more tokens than the tower has positions, [`Error::Shape`] if a learned
-    /// tensor is not as wide as the tower, [`Error::NotFinite`] if it holds NaN or an infinity, [`Error::Memory`] if the memory budget is too small whatever is recomputed.
+    /// tensor is not as wide as the tower, [`Error::NotFinite`] if it holds NaN or an infinity, [`Error::Memory`] if the
+    /// memory budget is too small whatever is recomputed, [`Error::Data`] if there are no prompts or deeper rows for more
+    /// blocks than there are.
     pub fn encode(&self, prompts: &Prompts) -> Result<Tensor> {
         match self.learned {
             true => self.run_plainly(prompts, None),
@@ -206,13 +213,15 @@ impl TextTower {
     /// How the prompts are run, and which of their rows need gradients.
     fn plan(laid_out: &LaidOut, chunk_rows: usize) -> (Plan, Wanted) {
         let plan = Plan::new(&laid_out.prompts, chunk_rows);
+        let deep = laid_out.deep_table.as_ref();
+        let tracked = laid_out.table.track_op() || deep.is_some_and(Tensor::track_op);
         let learned = |chunks: &[Chunk]| {
             let mut places = chunks.iter().flat_map(|c| &plan.places[c.range()]);
             places.any(|p| p.row as usize >= laid_out.words || p.deep > 0)
         };
         let wanted = Wanted {
-            beginnings: learned(&plan.beginnings),
-            endings: learned(&plan.endings),
+            beginnings: tracked && learned(&plan.beginnings),
+            endings: tracked && learned(&plan.endings),
         };
         (plan, wanted)
     }
@@ -231,8 +240,8 @@ impl TextTower {
         )
     }
 
-    /// What a forward and backward pass over the prompts will take, known before anything runs; of prompts with nothing
-    /// learned, a forward pass.
+    /// What a forward and backward pass over the prompts will take, known before anything runs; where no gradient is tracked,
+    /// a forward pass.
     ///
     /// # Errors
     /// As [`TextTower::encode`]; [`Error::Memory`] if the budget is too small whatever is recomputed.
@@ -245,6 +254,7 @@ impl TextTower {
     /// See [`crate::Clip::set_memory_budget`].
     pub(crate) fn set_memory_budget(&mut self, bytes: Option<u64>) {
         self.memory_budget = bytes;
+        self.buffers.clear();
     }
 
     /// Bytes of frozen weights held.

@@ -3,15 +3,17 @@
 //! An image is one task: it runs through all blocks in a buffer that the thread's next image finds again. Nothing that is
 //! computed depends on the other images or on the number of threads.
 
+use std::cell::RefCell;
+
 use rayon::prelude::*;
 
 use crate::HEAD_WIDTH;
 use crate::clip::FrozenBlock;
 use crate::engine::buffers::{Buffers, Cut};
-use crate::kernels::{self, Mat, rows};
+use crate::kernels::{Passing, rows};
 use crate::ops::{FrozenLinear, FrozenNorm, Threads};
 
-/// Rows that ask at a time in attention: their probabilities stay in the first caches.
+/// Rows that ask in one task of attention on all threads.
 const QUERIES: usize = 64;
 /// Rows that pass the MLP at a time.
 const MLP_ROWS: usize = 200;
@@ -199,6 +201,17 @@ fn apply(block: &FrozenBlock<'_>, asking: usize, room: &mut Room<'_>) {
     }
 }
 
+/// Keys and values of a head, laid out for the products.
+#[derive(Default)]
+struct Seen {
+    keys: Passing,
+    values: Passing,
+}
+
+thread_local! {
+    static SEEN: RefCell<Seen> = RefCell::default();
+}
+
 /// Attention of as many rows as `mixed` has, the first ones, to all; `p` has room for their probabilities in one head.
 pub(super) fn attend(
     qkv: &[f32],
@@ -207,46 +220,47 @@ pub(super) fn attend(
     p: &mut [f32],
     mixed: &mut [f32],
 ) {
-    let some = |(i, (mixed, p)): (usize, (&mut [f32], &mut [f32]))| {
-        attend_some(qkv, (tokens, width), i * QUERIES, p, mixed);
+    let some = |first: usize, mixed: &mut [f32], p: &mut [f32]| {
+        SEEN.with_borrow_mut(|seen| attend_some(qkv, (tokens, width), first, p, mixed, seen));
     };
-    let (rows, probabilities) = (QUERIES * width, QUERIES * tokens);
     match threads {
-        Threads::One => mixed
-            .chunks_mut(rows)
-            .zip(p.chunks_mut(probabilities))
-            .enumerate()
-            .for_each(some),
+        Threads::One => some(0, mixed, p),
         Threads::All => mixed
-            .par_chunks_mut(rows)
-            .zip(p.par_chunks_mut(probabilities))
+            .par_chunks_mut(QUERIES * width)
+            .zip(p.par_chunks_mut(QUERIES * tokens))
             .enumerate()
-            .for_each(some),
+            .for_each(|(i, (mixed, p))| some(i * QUERIES, mixed, p)),
     }
 }
 
-/// As [`attend`], from row `first` on.
+/// As [`attend`], from row `first` on. A row's bits do not depend on the others.
 fn attend_some(
     qkv: &[f32],
     (tokens, width): (usize, usize),
     first: usize,
     p: &mut [f32],
     mixed: &mut [f32],
+    seen: &mut Seen,
 ) {
     let m = mixed.len() / width;
     let p = &mut p[..m * tokens];
+    let pitch = 3 * width;
     let scale = 1.0 / (HEAD_WIDTH as f32).sqrt();
     for head in (0..width).step_by(HEAD_WIDTH) {
-        let q = Mat::rows(&qkv[first * 3 * width + head..], 3 * width);
-        let k = Mat::columns(&qkv[width + head..], 3 * width);
-        let v = Mat::rows(&qkv[2 * width + head..], 3 * width);
-        kernels::gemm(m, tokens, HEAD_WIDTH, scale, q, k, 0.0, p, tokens);
+        let (k, v) = (width + head, 2 * width + head);
+        seen.keys.lay_out((HEAD_WIDTH, tokens), |row, column| {
+            scale * qkv[column * pitch + k + row]
+        });
+        seen.values.lay_out((tokens, HEAD_WIDTH), |row, column| {
+            qkv[row * pitch + v + column]
+        });
+        let q = &qkv[first * pitch + head..];
+        seen.keys.multiply((q, pitch), m, (p, tokens));
         rows::vectorised(
             #[inline(always)]
             || p.chunks_exact_mut(tokens).for_each(rows::softmax),
         );
-        let p = Mat::rows(p, tokens);
-        let mixed = &mut mixed[head..];
-        kernels::gemm(m, HEAD_WIDTH, tokens, 1.0, p, v, 0.0, mixed, width);
+        seen.values
+            .multiply((p, tokens), m, (&mut mixed[head..], width));
     }
 }

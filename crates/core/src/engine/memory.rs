@@ -8,7 +8,7 @@ pub enum Policy {
     /// Everything: forward once, backward once.
     SaveAll,
     /// Of the chunks of suffixes nothing: each runs forward again before it goes back. About half as long again, and memory
-    /// that does not grow with the number of prompts.
+    /// that hardly grows with the number of prompts. Prefixes are kept, so it does grow with that of contexts.
     TwoPasses,
 }
 

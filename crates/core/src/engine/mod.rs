@@ -41,7 +41,7 @@ pub(crate) struct Tower {
 
 /// What a forward pass keeps.
 #[derive(Debug, Default)]
-pub(crate) struct Tape(Mutex<Vec<f32>>);
+pub(crate) struct Tape(Mutex<Arc<Vec<f32>>>);
 
 impl Drop for Tower {
     fn drop(&mut self) {
@@ -50,7 +50,9 @@ impl Drop for Tower {
             .0
             .get_mut()
             .unwrap_or_else(PoisonError::into_inner);
-        self.buffers.give(std::mem::take(tape));
+        if let Ok(tape) = Arc::try_unwrap(std::mem::take(tape)) {
+            self.buffers.give(tape);
+        }
     }
 }
 
@@ -83,9 +85,11 @@ pub(crate) fn forecast(
         policy: Policy::SaveAll,
         at_a_time: usize::MAX,
     };
-    let threads = rayon::current_num_threads();
+    // No more chunks can be worked on than there are.
+    let chunks = plan.beginnings.len().max(plan.endings.len()).max(1);
+    let threads = rayon::current_num_threads().min(chunks);
     let (policy, at_a_time, step) = runner.parts(table, deep_table).choose(budget, threads)?;
-    let weights = match wanted.beginnings || wanted.endings {
+    let weights = match wanted.any() {
         true => blocks.iter().map(FrozenBlock::bytes_to_come).sum::<usize>(),
         false => 0,
     };
@@ -102,7 +106,7 @@ impl Tower {
     /// `table (rows, width)`, without positions, and `deep (deep rows, width)` → `(prompts, width)`.
     pub(crate) fn apply(self, table: &Tensor, deep: &Tensor) -> Result<Tensor> {
         let (table, deep) = (table.contiguous()?, deep.contiguous()?);
-        Ok(match table.track_op() || deep.track_op() {
+        Ok(match self.wanted.any() {
             true => table.apply_op2(&deep, self)?,
             false => table.apply_op2_no_bwd(&deep, &ForwardOnly(self))?,
         })
@@ -138,13 +142,13 @@ impl Tower {
         keep: bool,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let inputs = self.inputs(values(table, table_layout)?, values(deep, deep_layout)?);
-        if !keep {
-            // Whoever encodes without going back has stopped training, or can afford to begin afresh.
-            self.buffers.clear();
-        }
+        self.buffers.begin(keep);
         let done = self.run(|runner| runner.forward(inputs, keep))?;
         match keep {
-            true => *self.tape.0.lock().unwrap_or_else(PoisonError::into_inner) = done.tape,
+            true => {
+                let mut tape = self.tape.0.lock().unwrap_or_else(PoisonError::into_inner);
+                *tape = Arc::new(done.tape);
+            }
             false => self.buffers.give(done.tape),
         }
         let shape = (self.plan.prompts, self.width);
@@ -176,7 +180,13 @@ impl CustomOp2 for Tower {
         _: &Tensor,
         d_ends: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let tape = self.tape.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Not held while the pool runs: a waiting thread may come back here.
+        let tape = self
+            .tape
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         let mut d_table = vec![0.0; table.elem_count()];
         let mut d_deep = vec![0.0; deep.elem_count()];
         with_values(d_ends, |d_ends| {

@@ -34,6 +34,13 @@ pub(crate) struct Wanted {
     pub(crate) endings: bool,
 }
 
+impl Wanted {
+    /// Whether there is a way back at all.
+    pub(crate) fn any(self) -> bool {
+        self.beginnings || self.endings
+    }
+}
+
 /// What a chunk runs from.
 #[derive(Clone, Copy)]
 pub(crate) struct Inputs<'a> {
@@ -300,14 +307,12 @@ impl Runner<'_> {
         // What each chunk of prefixes is owed at each block, rows of `2·width`.
         let layers = self.blocks.len();
         let total: usize = self.plan.beginnings.iter().map(|c| c.rows).sum();
-        let mut owed = vec![
-            0.0;
-            if self.wanted.beginnings {
-                total * 2 * width * layers
-            } else {
-                0
-            }
-        ];
+        let total = match self.wanted.beginnings {
+            true => total * 2 * width * layers,
+            false => 0,
+        };
+        let mut owed = self.buffers.take(total);
+        owed[..total].fill(0.0);
         let threads = self.threads(self.plan.endings.len());
         in_order(
             self.plan.endings.len(),
@@ -378,12 +383,13 @@ impl Runner<'_> {
                 |i, done| self.collect(&self.plan.beginnings[i], done, d_table, d_deep),
             );
         }
+        self.buffers.give(owed);
     }
 
     /// How many floats the parts of a forward and backward pass take.
     pub(crate) fn parts(&self, table: usize, deep: usize) -> Parts {
         let (width, layers) = (self.width, self.blocks.len());
-        if !self.wanted.beginnings && !self.wanted.endings {
+        if !self.wanted.any() {
             return self.parts_forward(table);
         }
         let records = self.records(true);
@@ -398,9 +404,21 @@ impl Runner<'_> {
             work_twice =
                 work_twice.max(layout.floats + back.max(self.work_forward(chunk, &layout)));
         }
-        let prefixes: usize = self.plan.beginnings.iter().map(|c| c.rows).sum();
+        let mut owed = 0;
+        for chunk in self
+            .plan
+            .beginnings
+            .iter()
+            .filter(|_| self.wanted.beginnings)
+        {
+            let layout = self.layout(chunk, Kind::Beginning, Keep::Everything);
+            let back = self.work_back(chunk) + chunk.rows * width + deep * width;
+            let needed = back.max(self.work_forward(chunk, &layout));
+            (work, work_twice) = (work.max(needed), work_twice.max(needed));
+            owed += chunk.rows * 2 * width * layers;
+        }
         Parts {
-            beginnings: records.endings_from + prefixes * 2 * width * layers,
+            beginnings: records.endings_from + owed,
             endings: self.plan.endings.iter().map(|c| all(c).floats).sum(),
             work,
             work_twice,
@@ -432,10 +450,7 @@ impl Runner<'_> {
 
     /// Whether a chunk's products run on all threads: where too few chunks run at a time for one each. Bits are the same.
     fn threads(&self, chunks: usize) -> Threads {
-        match chunks.min(self.at_a_time) < rayon::current_num_threads() {
-            true => Threads::All,
-            false => Threads::One,
-        }
+        Threads::for_tasks(chunks.min(self.at_a_time))
     }
 
     /// Runs `f` for every chunk with its part of the record, which holds the chunks' parts one after the other, and hands
@@ -649,8 +664,9 @@ impl Runner<'_> {
             block.ln_1.normalise(now.x, normed);
             let asking = self.asking(chunk, kind, layer);
             if asking.is_empty() {
+                // The last block of a prefix, or every row is about to be replaced.
                 block.in_proj.apply_keys(normed, chunk.rows, now.qkv);
-                break;
+                continue;
             }
             block.in_proj.apply(normed, chunk.rows, now.qkv, threads);
             let n = asking.len();

@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use crate::Activation;
 
 pub(crate) use conv::{Conv, ConvSizes, Finish, average_pool};
-pub(crate) use packed::{Onto, Packed};
+pub(crate) use packed::{Onto, Packed, Passing};
 
 /// Columns of a product that one task computes.
 const COLUMN_BLOCK: usize = 192;

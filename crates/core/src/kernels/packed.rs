@@ -82,12 +82,7 @@ impl Packed {
             .par_chunks_mut((k * LANES).max(1))
             .enumerate()
             .for_each(|(panel, values)| {
-                let first = panel * LANES;
-                for (row, values) in values.chunks_exact_mut(LANES).enumerate() {
-                    for (column, value) in (first..n).zip(values) {
-                        *value = at(row, column);
-                    }
-                }
+                lay_panel(values, panel * LANES, n, &at);
             });
         Self {
             panels: Panels::narrowest(values),
@@ -198,23 +193,96 @@ impl Packed {
         }
         let job = Job {
             a,
+            a_pitch: self.k,
             m,
             k: self.k,
             columns,
             out,
             pitch,
         };
-        match &self.panels {
-            Panels::F32(panels) => run(job, panels),
-            Panels::F16(panels) => run(job, panels),
-            Panels::Bf16(panels) => run(job, panels),
+        // SAFETY: the output is good for the job, as the caller promises.
+        unsafe {
+            match &self.panels {
+                Panels::F32(panels) => run(job, panels),
+                Panels::F16(panels) => run(job, panels),
+                Panels::Bf16(panels) => run(job, panels),
+            }
         }
+    }
+}
+
+/// Lays the columns of a matrix from `first` on out as one panel; behind the last of `n` are zeros.
+#[inline(always)]
+fn lay_panel(values: &mut [f32], first: usize, n: usize, at: &impl Fn(usize, usize) -> f32) {
+    let columns = LANES.min(n - first);
+    for (row, values) in values.chunks_exact_mut(LANES).enumerate() {
+        let (inside, outside) = values.split_at_mut(columns);
+        for (column, value) in inside.iter_mut().enumerate() {
+            *value = at(row, first + column);
+        }
+        outside.fill(0.0);
+    }
+}
+
+/// A matrix `(k, n)` that is not frozen, laid out for a few products: the keys or values of a head.
+#[derive(Debug, Default)]
+pub(crate) struct Passing {
+    panels: Vec<f32>,
+    k: usize,
+    n: usize,
+}
+
+impl Passing {
+    /// Lays out the matrix whose element `(row, column)` is `at(row, column)`, in the room of the one before.
+    pub(crate) fn lay_out(&mut self, (k, n): (usize, usize), at: impl Fn(usize, usize) -> f32) {
+        (self.k, self.n) = (k, n);
+        self.panels.resize(n.div_ceil(LANES) * k * LANES, 0.0);
+        for (panel, values) in self.panels.chunks_exact_mut((k * LANES).max(1)).enumerate() {
+            lay_panel(values, panel * LANES, n, &at);
+        }
+    }
+
+    /// `out (m, n) = a (m, k) · B` on the calling thread; rows begin `a_pitch` and `pitch` apart.
+    pub(crate) fn multiply(
+        &self,
+        (a, a_pitch): (&[f32], usize),
+        m: usize,
+        (out, pitch): (&mut [f32], usize),
+    ) {
+        let (k, n) = (self.k, self.n);
+        if m == 0 || n == 0 {
+            return;
+        }
+        assert!(
+            k > 0
+                && a_pitch >= k
+                && pitch >= n
+                && a.len() >= (m - 1) * a_pitch + k
+                && out.len() >= (m - 1) * pitch + n,
+            "matrix sizes"
+        );
+        for row in out.chunks_mut(pitch).take(m) {
+            row[..n].fill(0.0);
+        }
+        let job = Job {
+            a,
+            a_pitch,
+            m,
+            k,
+            columns: 0..n,
+            out: out.as_mut_ptr(),
+            pitch,
+        };
+        // SAFETY: the assertion above, and `out` is borrowed alone.
+        unsafe { run(job, &self.panels) };
     }
 }
 
 /// Adds `a (m, k) · B[.., columns]` to the output.
 struct Job<'a> {
+    /// Rows `a_pitch` apart.
     a: &'a [f32],
+    a_pitch: usize,
     m: usize,
     k: usize,
     columns: Range<usize>,
@@ -229,7 +297,10 @@ thread_local! {
 }
 
 /// Adds the product to the output with the widest vectors that the processor has.
-fn run<T: Element>(job: Job<'_>, panels: &[T]) {
+///
+/// # Safety
+/// [`Job::out`] must be what it says.
+unsafe fn run<T: Element>(job: Job<'_>, panels: &[T]) {
     ROWS.with_borrow_mut(|rows| {
         #[cfg(target_arch = "x86_64")]
         {
@@ -306,8 +377,8 @@ unsafe fn walk<L: Lanes, T: Element, const TALLEST: usize>(
     rows: &mut Vec<f32>,
 ) {
     let (m, k) = (job.m, job.k);
-    let copied = k % 1024 == 0;
-    let pitch = if copied { DEPTH + LANES } else { k };
+    let copied = job.a_pitch.is_multiple_of(1024);
+    let pitch = if copied { DEPTH + LANES } else { job.a_pitch };
     if copied {
         rows.resize((m * pitch).max(rows.len()), 0.0);
     }
@@ -318,7 +389,11 @@ unsafe fn walk<L: Lanes, T: Element, const TALLEST: usize>(
         let depth = DEPTH.min(k - start);
         let a = match copied {
             true => {
-                for (to, from) in rows.chunks_exact_mut(pitch).zip(job.a.chunks(k)).take(m) {
+                for (to, from) in rows
+                    .chunks_exact_mut(pitch)
+                    .zip(job.a.chunks(job.a_pitch))
+                    .take(m)
+                {
                     to[..depth].copy_from_slice(&from[start..start + depth]);
                 }
                 rows.as_slice()
@@ -653,6 +728,26 @@ mod tests {
             }
         }
 
+        /// A matrix laid out for the moment: rows apart on both sides, and what lies between them stays.
+        #[test]
+        fn passing_matrices_equal_the_plain_sum(m in 0usize..30, k in 1usize..90, n in 1usize..50, apart in 0usize..9, seed in any::<u64>()) {
+            let (a_pitch, pitch) = (k + apart, n + apart);
+            let (a, b) = (numbers(m * a_pitch, seed), numbers(k * n, seed ^ 1));
+            let mut passing = Passing::default();
+            passing.lay_out((n, k), |_, _| f32::NAN);
+            passing.lay_out((k, n), |row, column| b[row * n + column]);
+            let mut out = vec![7.0; m * pitch];
+            passing.multiply((&a, a_pitch), m, (&mut out, pitch));
+            let rows: Vec<f32> = a.chunks(a_pitch.max(1)).flat_map(|row| row[..k].to_vec()).collect();
+            for (i, p) in expected(&rows, &b, (m, k, n)).into_iter().enumerate() {
+                let found = f64::from(out[i / n * pitch + i % n]);
+                prop_assert!((found - p).abs() < 2e-6 * k as f64);
+            }
+            for row in out.chunks(pitch) {
+                prop_assert!(row[n..].iter().all(|x| *x == 7.0));
+            }
+        }
+
         /// A row's bits do not depend on the rows beside it.
         #[test]
         fn a_row_has_the_same_bits_in_any_company(m in 1usize..30, k in 1usize..600, n in 1usize..40, seed in any::<u64>()) {
@@ -674,10 +769,12 @@ mod tests {
             let packed = Packed::new((k, n), |row, column| b[row * n + column] / 3.0);
             let Panels::F32(panels) = &packed.panels else { return Ok(()) };
             let (mut wide, mut plain) = (vec![0.0; m * n], vec![0.0; m * n]);
-            let job = |out: &mut Vec<f32>| Job { a: &a, m, k, columns: 0..n, out: out.as_mut_ptr(), pitch: n };
-            run(job(&mut wide), panels);
-            // SAFETY: plain arrays need no feature.
-            unsafe { walk::<Plain, f32, 4>(job(&mut plain), panels, &mut Vec::new()) };
+            let job = |out: &mut Vec<f32>| Job { a: &a, a_pitch: k, m, k, columns: 0..n, out: out.as_mut_ptr(), pitch: n };
+            // SAFETY: both outputs have m rows of n elements; plain arrays need no feature.
+            unsafe {
+                run(job(&mut wide), panels);
+                walk::<Plain, f32, 4>(job(&mut plain), panels, &mut Vec::new());
+            }
             for (x, y) in wide.iter().zip(&plain) {
                 prop_assert!((x - y).abs() < 1e-6 * k as f32);
             }
