@@ -12,11 +12,11 @@ use cliptune_text_pt::{CoOp, CoOpConfig};
 use criterion::{Criterion, criterion_group, criterion_main};
 
 fn image_towers(c: &mut Criterion) {
-    let mut group = c.benchmark_group("image tower, batch 2");
+    let mut group = c.benchmark_group("image tower, batch 8");
     group
         .sample_size(10)
         .measurement_time(Duration::from_secs(10));
-    let pixels = normal(&[2, 3, 224, 224]).unwrap();
+    let pixels = normal(&[8, 3, 224, 224]).unwrap();
     for (name, clip) in [("ViT-B/16", vit_b16().unwrap()), ("RN50", rn50().unwrap())] {
         group.bench_function(name, |b| b.iter(|| clip.image().encode(&pixels).unwrap()));
     }
