@@ -16,11 +16,11 @@ fn one_thread(_: &mut Criterion) {
 }
 
 fn image_towers(c: &mut Criterion) {
-    let mut group = c.benchmark_group("image tower, batch 2");
+    let mut group = c.benchmark_group("image tower, batch 8");
     group
         .sample_size(10)
         .measurement_time(Duration::from_secs(10));
-    let pixels = normal(&[2, 3, 224, 224]).unwrap();
+    let pixels = normal(&[8, 3, 224, 224]).unwrap();
     for (name, clip) in [("ViT-B/16", vit_b16().unwrap()), ("RN50", rn50().unwrap())] {
         group.bench_function(name, |b| b.iter(|| clip.image().encode(&pixels).unwrap()));
     }
