@@ -139,7 +139,14 @@ impl Setup {
             if contender == record.reference {
                 continue;
             }
-            let errors = errors(&outputs[&contender], expected)?;
+            let found = &outputs[&contender];
+            let left_out = expected.keys().filter(|name| !found.contains_key(*name));
+            for name in left_out.filter(|_| row.checks_whole(contender)) {
+                record
+                    .failures
+                    .push(format!("{}: there is no {name}", contender.title()));
+            }
+            let errors = errors(found, expected)?;
             for (name, error) in errors.iter().filter(|(_, error)| **error > TOLERANCE) {
                 record.failures.push(format!(
                     "{}: {name} differs by {error:.1e}, more than {TOLERANCE:.0e}",
