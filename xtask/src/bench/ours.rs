@@ -237,4 +237,8 @@ impl Work for Image {
         let features = self.clip.image().encode(&self.pixels)?;
         Ok([("features".to_owned(), features)].into())
     }
+
+    fn forecast(&self) -> Result<Option<u64>> {
+        Ok(Some(self.clip.image().forecast(self.pixels.dim(0)?)?))
+    }
 }

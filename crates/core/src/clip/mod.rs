@@ -278,6 +278,20 @@ impl ImageTower {
         }
     }
 
+    /// Bytes that [`ImageTower::encode`] of so many images takes beside the weights: as many images at a time as there are
+    /// threads.
+    ///
+    /// # Errors
+    /// None that is known.
+    pub fn forecast(&self, images: usize) -> Result<u64> {
+        let room = match &self.tower {
+            Tower::Vit(tower) => tower.room()?,
+            Tower::ResNet(tower) => tower.room(self.resolution),
+        };
+        let at_a_time = images.min(rayon::current_num_threads());
+        Ok(4 * (at_a_time * room + images * self.embed_dim) as u64)
+    }
+
     /// As [`ImageTower::encode`], showing every hidden state to `probe`.
     ///
     /// A ViT takes the batch as a whole, so the last bits may differ from those of [`ImageTower::encode`].

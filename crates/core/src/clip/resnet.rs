@@ -430,13 +430,7 @@ impl ResNet {
             return Err(Error::Data(message.into()));
         }
         let threads = Threads::for_tasks(batch);
-        let (oh, ow) = self.stem[0].sizes().out_side((h, w));
-        // After the stem nothing is larger than what its last convolution gives.
-        let activation = (3 * h * w).max(oh * ow * self.width);
-        let scratch = match threads {
-            Threads::One => self.convs().map(Conv::scratch).max().unwrap_or(0),
-            Threads::All => 0,
-        };
+        let (activation, scratch) = self.sizes((h, w), threads);
         let buffers = Buffers::default();
         let mut all = vec![0.0; batch * floats];
         with_values(pixels, |pixels| {
@@ -488,6 +482,24 @@ impl ResNet {
             }
             see(i + 1, room.x);
         }
+    }
+
+    /// Floats of the largest activation, and what a convolution is worked in.
+    fn sizes(&self, (h, w): (usize, usize), threads: Threads) -> (usize, usize) {
+        let (oh, ow) = self.stem[0].sizes().out_side((h, w));
+        // After the stem nothing is larger than what its last convolution gives.
+        let activation = (3 * h * w).max(oh * ow * self.width);
+        let scratch = match threads {
+            Threads::One => self.convs().map(Conv::scratch).max().unwrap_or(0),
+            Threads::All => 0,
+        };
+        (activation, scratch)
+    }
+
+    /// Floats in which one of many images is computed.
+    pub(crate) fn room(&self, side: usize) -> usize {
+        let (activation, scratch) = self.sizes((side, side), Threads::One);
+        4 * activation + scratch
     }
 
     pub(crate) fn bytes(&self) -> usize {

@@ -4,7 +4,7 @@ use candle_core::{IndexOp, Tensor};
 
 use super::block::{Block, Weights};
 use super::text::Probe;
-use super::vit_run::{Runner, Wanted};
+use super::vit_run::{self, Runner, Wanted};
 use super::{Glimpses, each_image};
 use crate::ops::{LayerNorm, Linear, with_values};
 use crate::{Arch, Error, HEAD_WIDTH, Result};
@@ -157,6 +157,14 @@ impl Vit {
             shape.insert(1, self.positions.dim(0)?);
         }
         Ok(Tensor::from_vec(features, shape, pixels.device())?)
+    }
+
+    /// Floats in which one image is computed.
+    pub(crate) fn room(&self) -> Result<usize> {
+        let tokens = self.positions.dim(0)?;
+        Ok(vit_run::sizes(tokens, self.width, self.patch_size)
+            .iter()
+            .sum())
     }
 
     /// The tower as plain loops, if no weight is learned.

@@ -97,15 +97,7 @@ impl Runner<'_> {
         out: &mut [f32],
     ) {
         let (width, tokens) = (self.width(), self.tokens());
-        let patch = 3 * self.patch_size * self.patch_size;
-        let sizes = [
-            tokens * width,
-            tokens * width,
-            tokens * (3 * width).max(width + patch),
-            MLP_ROWS.min(tokens) * 4 * width,
-            4 * width,
-            tokens * tokens,
-        ];
+        let sizes = sizes(tokens, width, self.patch_size);
         let mut buffer = buffers.take(sizes.iter().sum());
         let mut cut = Cut::new(&mut buffer);
         let [x, normed, qkv, hidden, line, p] = sizes.map(|size| cut.take(size));
@@ -162,6 +154,19 @@ impl Runner<'_> {
             }
         }
     }
+}
+
+/// Floats of [`Room`]'s parts, in their order.
+pub(super) fn sizes(tokens: usize, width: usize, patch_size: usize) -> [usize; 6] {
+    let patch = 3 * patch_size * patch_size;
+    [
+        tokens * width,
+        tokens * width,
+        tokens * (3 * width).max(width + patch),
+        MLP_ROWS.min(tokens) * 4 * width,
+        4 * width,
+        tokens * tokens,
+    ]
 }
 
 /// One block; only the first `asking` rows of `room.x` are what they shall be.

@@ -2,6 +2,10 @@
 //!
 //! Queries, keys and values lie in rows of `3·width`. A query meets a few dozen keys, so its scores are scalar products of 64
 //! numbers, and what it gathers stays in registers; nothing but one row of probabilities is ever formed.
+//!
+//! Made for prefixes of 1 to 70 rows and names of 1 to 10. It does 11 to 14 GFLOP/s on a core, an eighth of the fused peak:
+//! short sums, and scores computed again on the way back. That is 2 to 4 % of a step; keys laid out across would be the next
+//! gain.
 
 use super::plan::{Chunk, Sequence};
 use crate::kernels::rows::{self, axpy, dot, softmax, vectorised};

@@ -4,6 +4,11 @@
 //! or bf16: half the memory traffic, the same result. A tile of a few rows of the other operand meets a panel in registers. The inner
 //! dimension is walked in fixed blocks and never divided among threads, so the bits do not depend on their number; they do
 //! depend on whether the processor fuses multiplication and addition.
+//!
+//! Made for few rows against matrices of 256 to 3,072: 17 rows (a prefix), 120 (a chunk of suffixes), 197 (an image). On one
+//! core whose fused peak is about 117 GFLOP/s (AMD EPYC, Zen 4) it reaches 108 to 114 from 17 rows on with AVX-512, 93 to 113
+//! with AVX2, the same for f16- and f32-held matrices within 10 %; the `gemm` crate, which lays the matrix out in each call,
+//! 53 to 94 at 17 rows and 97 to 107 from 120 on (`cargo bench -p cliptune-benches --bench kernels`).
 
 use std::cell::RefCell;
 use std::ops::Range;
