@@ -161,7 +161,7 @@ fn a_worker_speaks_the_protocol() -> TestResult {
     let job = json!({
         "contender": "ours",
         "task": { "kind": "coop", "classes": 100, "graph": 100, "n_ctx": 16, "batch": 32 },
-        "weights": work.join("weights-vit-b16-tiny-1.safetensors"),
+        "weights": work.join("weights-vit-b16-text-tiny-1.safetensors"),
         "inputs": work.join("inputs-coop-100-tiny-1.safetensors"),
         "threads": 1,
     });

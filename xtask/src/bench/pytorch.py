@@ -219,13 +219,14 @@ class Clip(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(weights["text_projection"])
         self.logit_scale = nn.Parameter(weights["logit_scale"])
-        counters = {name for name in self.state_dict() if name.endswith("num_batches_tracked")}
-        missing, unexpected = self.load_state_dict(weights, strict=False)
-        if set(missing) - counters or unexpected:
+        # The tensors themselves become the parameters: loading must not set the peak of the memory.
+        missing, unexpected = self.load_state_dict(weights, strict=False, assign=True)
+        # How many batches a norm has seen is counted only while it learns.
+        missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+        if missing or unexpected:
             raise SystemExit(f"weights: missing {missing}, unexpected {unexpected}")
         length = self.positional_embedding.shape[0]
-        mask = torch.full((length, length), float("-inf")).triu(1)
-        self.register_buffer("mask", mask, persistent=False)
+        self.mask = torch.full((length, length), float("-inf"), device="cpu").triu(1)
 
     def encode_embedded(self, embedded, tokens):
         """(prompts, tokens, width) of input embeddings -> (prompts, dim)."""
@@ -362,7 +363,10 @@ def answer(reply):
 def main():
     job = json.loads(sys.stdin.readline())
     torch.set_num_threads(job["threads"])
-    clip = Clip(read(job["weights"])).eval()
+    weights = read(job["weights"])
+    with torch.device("meta"):
+        clip = Clip(weights).eval()
+    del weights
     for param in clip.parameters():
         param.requires_grad_(False)
     work = WORK[job["task"]["kind"]](job, clip, read(job["inputs"]))
