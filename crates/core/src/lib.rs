@@ -20,6 +20,7 @@ pub mod schedule;
 pub mod task;
 pub mod tokenizer;
 pub mod train;
+pub mod transport;
 
 pub use arch::{Activation, Arch, CONTEXT_LENGTH, HEAD_WIDTH, Preprocess, VOCAB_SIZE, VisionArch};
 pub use checkpoint::Checkpoint;
