@@ -17,6 +17,7 @@ pub mod prompt_file;
 pub mod rng;
 pub mod run;
 pub mod schedule;
+pub mod subspace;
 pub mod task;
 pub mod tokenizer;
 pub mod train;
