@@ -1,4 +1,5 @@
-//! Subspaces of gradients: the main directions of a set of rows, and the projection onto them.
+//! Shaping gradients: the projection onto the main directions of a set of rows, and away from a conflict with another
+//! gradient.
 //!
 //! For rows `W (f, d)` minus their mean, `W − 1·w̄ᵀ = A·Σ·U`, the subspace of rank `k` is spanned by the first `k` rows of `U`
 //! (principal component analysis), and the projection of a gradient is `g ← Uᵀ·(U·g)`. Signs, and the order inside `U`,
@@ -167,6 +168,47 @@ impl Subspace {
     fn component(&self, i: usize) -> &[f32] {
         &self.components[i * self.dim..(i + 1) * self.dim]
     }
+}
+
+/// A gradient beside another one.
+#[derive(Clone, Debug)]
+pub struct Aligned {
+    /// The gradient that does not point against the other.
+    pub gradient: Tensor,
+    /// Cosine of the two as they came, 0 if one of them is zero.
+    pub cosine: f64,
+}
+
+/// Takes from `gradient` what points against `general`: `g − strength·(g·k̂)·k̂` with `k̂ = general / ‖general‖` where
+/// their cosine is below 0, else `g` itself. Strength 1 leaves nothing of the conflict, 0 all of it.
+///
+/// # Errors
+/// [`Error::Shape`] if the two differ in shape.
+pub fn align(gradient: &Tensor, general: &Tensor, strength: f64) -> Result<Aligned> {
+    if gradient.dims() != general.dims() {
+        return Err(Error::Shape {
+            what: "the gradient to align with".into(),
+            found: general.dims().to_vec(),
+            expected: gradient.dims().to_vec(),
+        });
+    }
+    let g = gradient.flatten_all()?.to_vec1::<f32>()?;
+    let k = general.flatten_all()?.to_vec1::<f32>()?;
+    let (gk, gg, kk) = (dot(&g, &k), dot(&g, &g), dot(&k, &k));
+    let cosine = match gg * kk > 0.0 {
+        true => gk / (gg.sqrt() * kk.sqrt()),
+        false => 0.0,
+    };
+    let gradient = match cosine < 0.0 {
+        true => {
+            let share = strength * gk / kk;
+            let rest = g.iter().zip(&k);
+            let rest = rest.map(|(g, k)| (f64::from(*g) - share * f64::from(*k)) as f32);
+            Tensor::from_iter(rest, gradient.device())?.reshape(gradient.shape())?
+        }
+        false => gradient.clone(),
+    };
+    Ok(Aligned { gradient, cosine })
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f64 {

@@ -4,7 +4,7 @@
 
 use candle_core::{D, Device, Tensor};
 use cliptune_core::rng::Rng;
-use cliptune_core::subspace::{Principal, Subspace};
+use cliptune_core::subspace::{Principal, Subspace, align};
 use cliptune_core::{Error, Result};
 use proptest::prelude::*;
 
@@ -69,6 +69,23 @@ proptest! {
         prop_assert_eq!(u.dims(), &[rank, d]);
         let eye = Tensor::eye(rank, candle_core::DType::F32, &Device::Cpu).unwrap();
         prop_assert!(difference(&u.matmul(&u.t().unwrap()).unwrap(), &eye) < 1e-5);
+    }
+
+    #[test]
+    fn an_aligned_gradient_keeps_what_its_strength_leaves_of_the_conflict(
+        seed in 0u64..1000, strength in 0.0..1.0f64, scale in 0.01..100.0f64,
+    ) {
+        let (g, k) = (normal(seed, 4, 10), normal(seed + 1, 4, 10));
+        let found = align(&g, &k, strength).unwrap();
+        let before = dot(&g, &k);
+        prop_assert_eq!(found.cosine < 0.0, before < 0.0);
+        let left = if before < 0.0 { (1.0 - strength as f32) * before } else { before };
+        prop_assert!((dot(&found.gradient, &k) - left).abs() < 1e-4);
+        prop_assert!(dot(&found.gradient, &found.gradient) <= dot(&g, &g) * 1.00001);
+        // The other gradient's length does not matter, and strength 0 is no change.
+        let scaled = align(&g, &(&k * scale).unwrap(), strength).unwrap();
+        prop_assert!(difference(&scaled.gradient, &found.gradient) < 1e-5);
+        prop_assert!(difference(&align(&g, &k, 0.0).unwrap().gradient, &g) == 0.0);
     }
 
     #[test]
@@ -171,6 +188,25 @@ fn a_published_size_is_decomposed() -> Result<()> {
         );
     }
     assert!(found.explained_variance_ratio.is_sorted_by(|a, b| a >= b));
+    Ok(())
+}
+
+#[test]
+fn a_zero_gradient_is_in_no_conflict() -> Result<()> {
+    let (g, zero) = (normal(1, 2, 3), normal(1, 2, 3).zeros_like()?);
+    for (a, b) in [(&g, &zero), (&zero, &g)] {
+        let found = align(a, b, 1.0)?;
+        assert_eq!(found.cosine, 0.0);
+        assert_eq!(found.gradient.to_vec2::<f32>()?, a.to_vec2::<f32>()?);
+    }
+    let found = align(&g, &(&g * -0.5)?, 1.0)?;
+    assert!((found.cosine + 1.0).abs() < 1e-12);
+    assert!(found.gradient.abs()?.max_all()?.to_scalar::<f32>()? < 1e-7);
+    let found = align(&g, &normal(1, 3, 2), 1.0).unwrap_err().to_string();
+    assert!(
+        found.contains("has shape [3, 2], expected [2, 3]"),
+        "{found}"
+    );
     Ok(())
 }
 

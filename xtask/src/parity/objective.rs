@@ -1,5 +1,7 @@
 //! What the cases of all gradient methods have in common: the first step's loss and gradients, then the steps.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result, bail};
 use cliptune_core::Clip;
 use cliptune_core::optim::{Optimizer, OptimizerConfig};
@@ -25,6 +27,7 @@ pub(crate) fn train<O: Objective>(
     schedule(case, check)?;
     let mut optimizer = Optimizer::new(config, objective.params())?;
     let mut losses = Vec::new();
+    let mut terms: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
     let steps = case.json.lr_per_step.len();
     for (index, lr) in case.json.lr_per_step.iter().enumerate() {
         let step = Step {
@@ -36,6 +39,10 @@ pub(crate) fn train<O: Objective>(
         };
         let (loss, gradients) = gradients(objective, clip, batch, step)?;
         losses.push(f64::from(loss.total.to_scalar::<f32>()?));
+        for (name, term) in &loss.terms {
+            let values = terms.entry(*name).or_default();
+            values.push(f64::from(term.to_scalar::<f32>()?));
+        }
         if index == 0 {
             check.tensor(case, "expect.loss", &loss.total, START)?;
             for (name, term) in &loss.terms {
@@ -55,6 +62,9 @@ pub(crate) fn train<O: Objective>(
         optimizer.step(objective.params(), &gradients, |_| *lr)?;
     }
     check.list(case, "expect.losses", &losses, AFTER)?;
+    for (name, values) in &terms {
+        check.list(case, &format!("expect.losses.{name}"), values, AFTER)?;
+    }
     for param in objective.params().iter() {
         check.parameter(case, param.name(), &param.value()?)?;
     }
