@@ -74,6 +74,24 @@ impl Params {
         self.add(name, Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 
+    /// A parameter drawn evenly from `low` to `high`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the name is taken.
+    pub fn uniform(
+        &mut self,
+        name: &str,
+        shape: impl Into<Shape>,
+        (low, high): (f64, f64),
+    ) -> Result<Param> {
+        let shape = shape.into();
+        let mut rng = Rng::stream(self.seed, &format!("init/{name}"), &[]);
+        let values: Vec<f32> = (0..shape.elem_count())
+            .map(|_| (low + (high - low) * rng.uniform()) as f32)
+            .collect();
+        self.add(name, Tensor::from_vec(values, shape, &Device::Cpu)?)
+    }
+
     /// A parameter that starts as a copy of `value`.
     ///
     /// # Errors

@@ -380,11 +380,12 @@ impl ClassTokens {
     /// One prompt per class: learned context around the class name.
     ///
     /// `ctx` is `(n_ctx, width)` for all classes or `(n_cls, n_ctx, width)`, one context per class. `words` are the
-    /// context's placeholder (`X X X X`) or initial words; only their number of tokens matters.
+    /// context's placeholder (`X X X X`) or initial words; the first `n_ctx` of their tokens give way to the context, more
+    /// of them stay frozen in front of the name.
     ///
     /// # Errors
     /// [`Error::PromptTooLong`]; [`Error::Prompt`] if a context per class meets another number of classes, or `words` are
-    /// not `n_ctx` tokens.
+    /// fewer than `n_ctx` tokens.
     pub fn weave(
         &self,
         ctx: &Tensor,
@@ -402,8 +403,50 @@ impl ClassTokens {
             }
             [] => return Err(Error::Prompt("the context is a scalar".into())),
         };
+        let mut prompts = Prompts::new();
+        let source = prompts.learn(ctx);
+        let own = |class| if per_class { class } else { 0 };
+        let woven = self.woven(words, n_ctx)?;
+        prompts.rows.extend(woven.around(source, own, position));
+        Ok(prompts)
+    }
+
+    /// Every class with each of several contexts `(contexts, n_ctx, width)`: one context per image, per sample or per
+    /// prompt. Class `c` with context `k` is prompt `k · n_cls + c`.
+    ///
+    /// # Errors
+    /// As [`ClassTokens::weave`]; [`Error::Shape`] if `contexts` has another number of axes.
+    pub fn weave_each(
+        &self,
+        contexts: &Tensor,
+        words: &str,
+        position: ClassTokenPosition,
+    ) -> Result<Prompts> {
+        let [n, n_ctx, _] = *contexts.dims() else {
+            return Err(Error::Shape {
+                what: "contexts".into(),
+                found: contexts.dims().to_vec(),
+                expected: vec![1, self.tokenizer.encode(words).len()],
+            });
+        };
+        let mut prompts = Prompts::new();
+        let source = prompts.learn(contexts);
+        let woven = self.woven(words, n_ctx)?;
+        for context in 0..n {
+            prompts
+                .rows
+                .extend(woven.around(source, |_| context, position));
+        }
+        Ok(prompts)
+    }
+
+    /// The sentences of all classes, ready to take contexts of `n_ctx` vectors in the place of `words`.
+    ///
+    /// # Errors
+    /// As [`ClassTokens::weave`].
+    pub fn woven(&self, words: &str, n_ctx: usize) -> Result<Woven> {
         let found = self.tokenizer.encode(words).len();
-        if found != n_ctx {
+        if found < n_ctx {
             return Err(Error::config(
                 "ctx_init",
                 words,
@@ -412,15 +455,35 @@ impl ClassTokens {
                 ),
             ));
         }
-        let mut prompts = Prompts::new();
-        let source = prompts.learn(ctx);
-        for (class, (sentence, &name_len)) in self
-            .sentences(words)?
-            .into_iter()
-            .zip(&self.name_lens)
-            .enumerate()
-        {
-            let context = if per_class { class } else { 0 };
+        Ok(Woven {
+            sentences: self.sentences(words)?,
+            name_lens: self.name_lens.clone(),
+            n_ctx,
+        })
+    }
+}
+
+/// Tokenised sentences of a list of classes that take any context: what methods with prompts of several kinds build from.
+#[derive(Clone, Debug)]
+pub struct Woven {
+    sentences: Vec<Vec<u32>>,
+    name_lens: Vec<usize>,
+    n_ctx: usize,
+}
+
+impl Woven {
+    /// One prompt per class, in order: context `own(class)` of learned tensor `source`, numbered as by [`Prompts::learn`],
+    /// around the class's name.
+    pub fn around(
+        &self,
+        source: usize,
+        own: impl Fn(usize) -> usize,
+        position: ClassTokenPosition,
+    ) -> impl Iterator<Item = Vec<Piece>> {
+        let n_ctx = self.n_ctx;
+        let sentences = self.sentences.iter().zip(&self.name_lens).enumerate();
+        sentences.map(move |(class, (sentence, &name_len))| {
+            let context = own(class);
             let learned = |rows| Piece::Learned {
                 source,
                 context,
@@ -429,7 +492,7 @@ impl ClassTokens {
             let words = |ids: &[u32]| Piece::Words(ids.to_vec());
             let (start, suffix) = (&sentence[..1], &sentence[1 + n_ctx..]);
             let (name, rest) = suffix.split_at(name_len.min(suffix.len()));
-            prompts.push(match position {
+            match position {
                 ClassTokenPosition::End => vec![words(start), learned(0..n_ctx), words(suffix)],
                 ClassTokenPosition::Middle => {
                     let half = n_ctx / 2;
@@ -444,9 +507,8 @@ impl ClassTokens {
                 ClassTokenPosition::Front => {
                     vec![words(start), words(name), learned(0..n_ctx), words(rest)]
                 }
-            });
-        }
-        Ok(prompts)
+            }
+        })
     }
 }
 

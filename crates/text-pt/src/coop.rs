@@ -14,13 +14,14 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use cliptune_core::checkpoint::TorchState;
+use cliptune_core::context::{self, Context};
 use cliptune_core::method::{
     self, AnyMethod, Classifier, Entry, Imported, Method, Paper, Predictor, TextClassifier,
 };
-use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, Prompts, placeholder};
+use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, Prompts};
 use cliptune_core::prompt_file::PromptFile;
 use cliptune_core::train::{self, Batch, Loss, Objective, Recipe, Step};
-use cliptune_core::{Classes, Clip, Error, ImageNeeds, Labelled, Param, Params, Result, Run, ops};
+use cliptune_core::{Classes, Clip, Error, ImageNeeds, Labelled, Params, Result, Run, ops};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -92,22 +93,9 @@ impl CoOpConfig {
     /// `settings` completed by the shape of a checkpoint's context.
     fn of_checkpoint(state: &TorchState, settings: &Value, clip: &Clip) -> Result<Self> {
         let mut config = Self::read(settings)?;
-        let ctx = state
-            .tensors
-            .get("ctx")
-            .ok_or_else(|| Error::Prompt("the checkpoint holds no `ctx`".into()))?;
-        match *ctx.dims() {
-            [n_ctx, _] => config.n_ctx = Some(n_ctx),
-            [_, n_ctx, _] => (config.n_ctx, config.class_specific) = (Some(n_ctx), true),
-            _ => {
-                let expected = vec![Self::N_CTX, clip.text().width()];
-                return Err(Error::Shape {
-                    what: "`ctx` of the checkpoint".into(),
-                    found: ctx.dims().to_vec(),
-                    expected,
-                });
-            }
-        }
+        let (contexts, n_ctx) = context::sizes_in(state, clip.text())?;
+        config.n_ctx = Some(n_ctx);
+        config.class_specific |= contexts.is_some();
         Ok(config)
     }
 
@@ -116,9 +104,7 @@ impl CoOpConfig {
     /// # Errors
     /// [`Error::Config`] naming the key.
     pub fn check(&self) -> Result<()> {
-        if self.n_ctx == Some(0) {
-            return Err(Error::config("n_ctx", 0, "at least one context token"));
-        }
+        context::check(self.n_ctx)?;
         if self.class_specific && self.words().is_some() {
             let expected =
                 "initial words give one context for all classes; leave one of the two out";
@@ -133,10 +119,7 @@ impl CoOpConfig {
 
     /// The initial words, spaces for underscores, if there are any.
     fn words(&self) -> Option<String> {
-        self.ctx_init
-            .as_deref()
-            .map(|words| words.replace('_', " "))
-            .filter(|words| !words.trim().is_empty())
+        context::initial_words(self.ctx_init.as_deref())
     }
 }
 
@@ -158,13 +141,9 @@ impl Method for CoOpConfig {
 #[derive(Debug)]
 pub struct CoOp {
     /// `(n_ctx, width)`, or `(n_cls, n_ctx, width)` if class-specific.
-    ctx: Param,
+    context: Context,
     params: Params,
-    /// The sentence's beginning as the tokenizer sees it: the initial words or `X X ... X`.
-    words: String,
     position: ClassTokenPosition,
-    /// The classes that class-specific contexts belong to.
-    own_classes: Option<Classes>,
     history: train::History,
 }
 
@@ -175,40 +154,21 @@ impl CoOp {
     /// [`Error::Config`] for contradicting settings, [`Error::PromptTooLong`] if a class name leaves no room.
     pub fn new(config: &CoOpConfig, clip: &Clip, classes: &Classes, seed: u64) -> Result<Self> {
         config.check()?;
-        let width = clip.text().width();
         let mut params = Params::new(seed);
-        let (ctx, words) = match config.words() {
-            Some(words) => {
-                let ids = clip.text().tokenizer()?.encode(&words);
-                if config.n_ctx.is_some_and(|n| n != ids.len()) {
-                    let expected = format!(
-                        "`{words}` is {} tokens; leave n_ctx out or make them agree",
-                        ids.len()
-                    );
-                    return Err(Error::config("n_ctx", config.n_ctx.unwrap_or(0), expected));
-                }
-                if ids.len() != words.split(' ').count() {
-                    let expected =
-                        format!("words of one token each; these are {} tokens", ids.len());
-                    return Err(Error::config("ctx_init", words, expected));
-                }
-                (params.copied("ctx", &clip.text().embed(&ids)?)?, words)
-            }
+        let context = match config.words() {
+            Some(words) => Context::of_words(&mut params, clip.text(), &words, config.n_ctx)?,
             None => {
                 let n_ctx = config.n_ctx.unwrap_or(CoOpConfig::N_CTX);
-                let ctx = match config.class_specific {
-                    true => params.normal("ctx", (classes.len(), n_ctx, width), 0.02)?,
-                    false => params.normal("ctx", (n_ctx, width), 0.02)?,
-                };
-                (ctx, placeholder(n_ctx))
+                match config.class_specific {
+                    true => Context::per_class(&mut params, clip.text(), classes, n_ctx)?,
+                    false => Context::random(&mut params, clip.text(), n_ctx)?,
+                }
             }
         };
         let coop = Self {
-            ctx,
+            context,
             params,
-            words,
             position: config.class_token_position,
-            own_classes: config.class_specific.then(|| classes.clone()),
             history: train::History::default(),
         };
         coop.prompts(&ClassTokens::new(clip.text(), classes)?)?;
@@ -268,7 +228,7 @@ impl CoOp {
     }
 
     fn prompts(&self, classes: &ClassTokens) -> Result<Prompts> {
-        classes.weave(self.ctx.tensor(), &self.words, self.position)
+        self.context.prompts(classes, self.position)
     }
 
     /// Raw text features of the classes, `(n_cls, embed_dim)`; gradients flow to the context.
@@ -290,14 +250,7 @@ impl Predictor for CoOp {
         clip: &'a Clip,
         classes: &Classes,
     ) -> Result<Box<dyn Classifier + 'a>> {
-        if let Some(own) = self.own_classes.as_ref().filter(|own| *own != classes) {
-            return Err(Error::Prompt(format!(
-                "class-specific context was trained on {} classes ({}, ...), not on these {}; it cannot serve other classes (train with class_specific = false)",
-                own.len(),
-                own.names()[0],
-                classes.len()
-            )));
-        }
+        self.context.check_serves(classes)?;
         let features = self
             .text_features(clip, &ClassTokens::new(clip.text(), classes)?)?
             .detach();

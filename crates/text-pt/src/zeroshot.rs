@@ -5,12 +5,11 @@
 
 use candle_core::Tensor;
 use cliptune_core::method::{self, Classifier, Entry, Method, Paper, Predictor, TextClassifier};
-use cliptune_core::prompt::{ClassTokens, Prompts};
-use cliptune_core::{Classes, Clip, Error, ImageNeeds, Labelled, Result, Run, ops};
+use cliptune_core::prompt::ClassTokens;
+use cliptune_core::templates::{self, Ensemble, Sentences};
+use cliptune_core::{Classes, Clip, Error, ImageNeeds, Labelled, Result, Run};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-
-use crate::templates::{self, Ensemble};
 
 /// The registry's entry.
 pub const ENTRY: Entry = Entry {
@@ -84,13 +83,7 @@ impl ZeroShotConfig {
                     expected,
                 ));
             }
-            if let Some(template) = self.templates.iter().find(|t| !t.contains("{}")) {
-                return Err(Error::config(
-                    "templates",
-                    template,
-                    "a template has {} where the class name goes",
-                ));
-            }
+            Sentences::new(self.templates.clone())?;
             return Ok(self.templates.clone());
         }
         let own = self
@@ -129,7 +122,7 @@ impl Method for ZeroShotConfig {
 /// Hand-written prompts.
 #[derive(Clone, Debug)]
 pub struct ZeroShot {
-    templates: Vec<String>,
+    sentences: Sentences,
 }
 
 impl ZeroShot {
@@ -137,13 +130,13 @@ impl ZeroShot {
     /// As [`ZeroShotConfig::resolve`].
     pub fn new(config: &ZeroShotConfig) -> Result<Self> {
         Ok(Self {
-            templates: config.resolve()?,
+            sentences: Sentences::new(config.resolve()?)?,
         })
     }
 
     /// The sentences.
     pub fn templates(&self) -> &[String] {
-        &self.templates
+        self.sentences.templates()
     }
 
     /// Class features of unit length, `(n_cls, embed_dim)`.
@@ -151,25 +144,7 @@ impl ZeroShot {
     /// # Errors
     /// [`Error::PromptTooLong`], [`Error::NotFinite`] for a zero feature.
     pub fn text_features(&self, clip: &Clip, classes: &ClassTokens) -> Result<Tensor> {
-        let encode = |template: &String| -> Result<Tensor> {
-            let features = clip
-                .text()
-                .encode(&Prompts::of_tokens(classes.fill(template)?))?;
-            ops::unit_length(&features, "a text feature")
-        };
-        if let [template] = self.templates.as_slice() {
-            return encode(template);
-        }
-        let mut sum: Option<Tensor> = None;
-        for template in &self.templates {
-            let features = encode(template)?;
-            sum = Some(match sum {
-                Some(sum) => (sum + features)?,
-                None => features,
-            });
-        }
-        let sum = sum.ok_or_else(|| Error::config("templates", "[]", "at least one template"))?;
-        ops::unit_length(&(sum / self.templates.len() as f64)?, "a mean text feature")
+        self.sentences.mean(clip, classes)
     }
 }
 

@@ -3,6 +3,7 @@
 mod case;
 mod check;
 mod clip_cases;
+mod cocoop;
 mod objective;
 mod preprocess;
 mod text_pt;
@@ -44,6 +45,7 @@ fn runner(slug: &str, name: &str) -> Option<Runner> {
         ("clip-cases", _) => clip_cases::run,
         ("zeroshot", _) => text_pt::zeroshot,
         ("coop", _) => text_pt::coop,
+        ("cocoop", _) => cocoop::run,
         _ => return None,
     })
 }

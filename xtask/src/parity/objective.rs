@@ -40,8 +40,8 @@ pub(crate) fn train<O: Objective>(
         let (loss, gradients) = gradients(objective, clip, batch, step)?;
         losses.push(f64::from(loss.total.to_scalar::<f32>()?));
         for (name, term) in &loss.terms {
-            let values = terms.entry(*name).or_default();
-            values.push(f64::from(term.to_scalar::<f32>()?));
+            let value = f64::from(term.to_scalar::<f32>()?);
+            terms.entry(name).or_default().push(value);
         }
         if index == 0 {
             check.tensor(case, "expect.loss", &loss.total, START)?;

@@ -1,19 +1,19 @@
 //! Cases of the text-pt family.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use cliptune_core::checkpoint::read_torch_state;
 use cliptune_core::method::Predictor;
-use cliptune_core::prompt::{ClassTokenPosition, ClassTokens};
+use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, placeholder};
 use cliptune_core::task::ImageBatch;
 use cliptune_core::train::{Batch, Loss, Objective, Step};
-use cliptune_core::{Classes, Clip, ImageNeeds, ops};
+use cliptune_core::{Classes, Clip, ImageNeeds, Params, ops};
 use cliptune_text_pt::{CoOp, CoOpConfig, ZeroShot, ZeroShotConfig};
 use serde::Deserialize;
 use serde_json::json;
 
 use super::case::{Case, Models};
-use super::check::{AFTER, Check, START};
+use super::check::{AFTER, Check, START, values};
 use super::objective;
 
 /// Token ids padded with zeros to `length`, as the cases hold them.
@@ -99,21 +99,11 @@ pub(crate) fn coop(case: &Case, models: &mut Models, check: &mut Check) -> Resul
     let classes = case.classes()?;
     let tokens = ClassTokens::new(clip.text(), &classes)?;
     let mut method = CoOp::with_tensors(&config, &clip, &classes, 0, &case.initial()?)?;
-    let words = match &config.ctx_init {
-        // A context from words starts at their embedding; the case's start value must be just that.
-        Some(words) => {
-            let fresh = CoOp::new(&config, &clip, &classes, 0)?;
-            let ctx = fresh.params().tensors()?.remove(0).1;
-            check.numbers(
-                "init.ctx",
-                &super::check::values(&ctx)?,
-                &super::check::values(case.tensor("init.ctx")?)?,
-                0.0,
-            );
-            words.replace('_', " ")
-        }
-        None => cliptune_core::prompt::placeholder(json.n_ctx),
-    };
+    let words = words(config.ctx_init.as_deref().unwrap_or(""), json.n_ctx);
+    if config.ctx_init.is_some() {
+        let fresh = CoOp::new(&config, &clip, &classes, 0)?;
+        compare_start(case, fresh.params(), "ctx", check)?;
+    }
     compare_tokens(case, &clip, &tokens, &words, json.n_ctx, "init", check)?;
 
     let pixels = case.tensor("images")?;
@@ -197,8 +187,32 @@ pub(crate) fn coop(case: &Case, models: &mut Models, check: &mut Check) -> Resul
     )
 }
 
+/// What the tokenizer sees in the place of a context: initial words, or placeholders where there are none.
+pub(super) fn words(ctx_init: &str, n_ctx: usize) -> String {
+    match ctx_init {
+        "" => placeholder(n_ctx),
+        words => words.replace('_', " "),
+    }
+}
+
+/// A parameter that does not start at random must start where the case does, exactly.
+pub(super) fn compare_start(
+    case: &Case,
+    fresh: &Params,
+    key: &str,
+    check: &mut Check,
+) -> Result<()> {
+    let name = format!("init.{key}");
+    let ours = fresh
+        .get(key)
+        .with_context(|| format!("no parameter `{key}`"))?;
+    let expected = values(case.tensor(&name)?)?;
+    check.numbers(&name, &values(&ours.value()?)?, &expected, 0.0);
+    Ok(())
+}
+
 /// Compares our tokens with the case's, and the embeddings of the tokens around the context with the authors' buffers.
-fn compare_tokens(
+pub(super) fn compare_tokens(
     case: &Case,
     clip: &Clip,
     classes: &ClassTokens,

@@ -1,0 +1,317 @@
+//! Learned contexts: what they start from, and the words that the tokenizer sees in their place.
+
+use candle_core::{DType, Shape, Tensor};
+
+use crate::checkpoint::TorchState;
+use crate::clip::TextTower;
+use crate::prompt::{ClassTokenPosition, ClassTokens, Prompts, placeholder};
+use crate::{Classes, Error, Param, Params, Result};
+
+/// The key of a context in the authors' checkpoints.
+pub const KEY: &str = "ctx";
+
+/// Standard deviation of a context that starts at random.
+const STD: f64 = 0.02;
+
+/// Context vectors in front of, behind or around a class name.
+#[derive(Clone, Debug)]
+pub struct Context {
+    param: Param,
+    words: String,
+    /// The classes that class-specific contexts belong to.
+    own_classes: Option<Classes>,
+}
+
+impl Context {
+    /// Vectors `(n_ctx, width)` from N(0, 0.02²).
+    ///
+    /// # Errors
+    /// [`Error::Config`] if there are none, or the context exists already.
+    pub fn random(params: &mut Params, tower: &TextTower, n_ctx: usize) -> Result<Self> {
+        Self::drawn(params, (n_ctx, tower.width()).into(), n_ctx)
+    }
+
+    /// Several contexts at random, `(contexts, n_ctx, width)`.
+    ///
+    /// # Errors
+    /// As [`Context::random`].
+    pub fn several(
+        params: &mut Params,
+        tower: &TextTower,
+        contexts: usize,
+        n_ctx: usize,
+    ) -> Result<Self> {
+        Self::drawn(params, (contexts, n_ctx, tower.width()).into(), n_ctx)
+    }
+
+    /// One context per class at random, `(n_cls, n_ctx, width)`, that serves these classes alone.
+    ///
+    /// # Errors
+    /// As [`Context::random`].
+    pub fn per_class(
+        params: &mut Params,
+        tower: &TextTower,
+        classes: &Classes,
+        n_ctx: usize,
+    ) -> Result<Self> {
+        Ok(Self {
+            own_classes: Some(classes.clone()),
+            ..Self::several(params, tower, classes.len(), n_ctx)?
+        })
+    }
+
+    fn drawn(params: &mut Params, shape: Shape, n_ctx: usize) -> Result<Self> {
+        check(Some(n_ctx))?;
+        Ok(Self {
+            param: params.normal(KEY, shape, STD)?,
+            words: placeholder(n_ctx),
+            own_classes: None,
+        })
+    }
+
+    /// The embeddings of `words`, which must be one token each; `n_ctx`, if given, must be their number.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming what does not agree.
+    pub fn of_words(
+        params: &mut Params,
+        tower: &TextTower,
+        words: &str,
+        n_ctx: Option<usize>,
+    ) -> Result<Self> {
+        let ids = tower.tokenizer()?.encode(words);
+        if let Some(n) = n_ctx.filter(|&n| n != ids.len()) {
+            let expected = format!(
+                "`{words}` is {} tokens; leave n_ctx out, make them agree, or start at random with ctx_init = \"\"",
+                ids.len()
+            );
+            return Err(Error::config("n_ctx", n, expected));
+        }
+        if ids.len() != words.split(' ').count() {
+            let expected = format!("words of one token each; these are {} tokens", ids.len());
+            return Err(Error::config("ctx_init", words, expected));
+        }
+        let param = params.copied(KEY, &tower.embed(&ids)?)?;
+        Ok(Self {
+            param,
+            words: words.to_owned(),
+            own_classes: None,
+        })
+    }
+
+    /// `n_ctx` vectors of which the last are embeddings of `words` and those before them zeros: ProGrad's start.
+    ///
+    /// There are as many embeddings as `words` has parts between spaces, as its authors count. Words of more tokens (a comma
+    /// is one) keep the last of them frozen in front of the class name: see [`crate::prompt::ClassTokens::weave`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] if there are more words than vectors.
+    pub fn of_last_words(
+        params: &mut Params,
+        tower: &TextTower,
+        words: &str,
+        n_ctx: usize,
+    ) -> Result<Self> {
+        let ids = tower.tokenizer()?.encode(words);
+        let n_words = words.split(' ').count();
+        if n_words > n_ctx || ids.len() < n_words {
+            let expected = format!("at least the {n_words} words of `{words}`");
+            return Err(Error::config("n_ctx", n_ctx, expected));
+        }
+        let zeros = n_ctx - n_words;
+        let start = tower.embed(&ids[..n_words])?;
+        let start = match zeros {
+            0 => start,
+            _ => {
+                let before = Tensor::zeros((zeros, tower.width()), DType::F32, start.device())?;
+                Tensor::cat(&[before, start], 0)?
+            }
+        };
+        let words = format!("{} {words}", placeholder(zeros));
+        Ok(Self {
+            param: params.copied(KEY, &start)?,
+            words: words.trim_start().to_owned(),
+            own_classes: None,
+        })
+    }
+
+    /// The vectors; gradients flow to them.
+    pub fn tensor(&self) -> &Tensor {
+        self.param.tensor()
+    }
+
+    /// The sentence's beginning as the tokenizer sees it: initial words or `X X ... X`.
+    pub fn words(&self) -> &str {
+        &self.words
+    }
+
+    /// One prompt per class, for a shared context or one per class.
+    ///
+    /// # Errors
+    /// As [`ClassTokens::weave`].
+    pub fn prompts(&self, classes: &ClassTokens, position: ClassTokenPosition) -> Result<Prompts> {
+        classes.weave(self.tensor(), &self.words, position)
+    }
+
+    /// Refuses classes that the context was not trained for.
+    ///
+    /// # Errors
+    /// [`Error::Prompt`] if it is class-specific and these are others.
+    pub fn check_serves(&self, classes: &Classes) -> Result<()> {
+        match self.own_classes.as_ref().filter(|own| *own != classes) {
+            None => Ok(()),
+            Some(own) => Err(Error::Prompt(format!(
+                "class-specific context was trained on {} classes ({}, ...), not on these {}; it cannot serve other classes (train with class_specific = false)",
+                own.len(),
+                own.names()[0],
+                classes.len()
+            ))),
+        }
+    }
+
+    /// Vectors of one context.
+    pub fn n_ctx(&self) -> usize {
+        let dims = self.tensor().dims();
+        dims[dims.len() - 2]
+    }
+}
+
+/// Refuses a context without vectors.
+///
+/// # Errors
+/// [`Error::Config`].
+pub fn check(n_ctx: Option<usize>) -> Result<()> {
+    match n_ctx {
+        Some(0) => Err(Error::config("n_ctx", 0, "at least one context token")),
+        _ => Ok(()),
+    }
+}
+
+/// The initial words that a setting names, spaces for underscores; none if it is empty.
+pub fn initial_words(ctx_init: Option<&str>) -> Option<String> {
+    ctx_init
+        .map(|words| words.replace('_', " "))
+        .filter(|words| !words.trim().is_empty())
+}
+
+/// Sizes of the context in a checkpoint of the authors' code: contexts, `None` for a shared one, and vectors of each.
+///
+/// # Errors
+/// [`Error::Prompt`] if there is none, [`Error::Shape`] if it is something else.
+pub fn sizes_in(state: &TorchState, tower: &TextTower) -> Result<(Option<usize>, usize)> {
+    let ctx = state
+        .tensors
+        .get(KEY)
+        .ok_or_else(|| Error::Prompt(format!("the checkpoint holds no `{KEY}`")))?;
+    match *ctx.dims() {
+        [n_ctx, _] => Ok((None, n_ctx)),
+        [contexts, n_ctx, _] => Ok((Some(contexts), n_ctx)),
+        _ => Err(Error::Shape {
+            what: format!("`{KEY}` of the checkpoint"),
+            found: ctx.dims().to_vec(),
+            expected: vec![16, tower.width()],
+        }),
+    }
+}
+
+/// Vectors of the shared context in a checkpoint of a method that has no other.
+///
+/// # Errors
+/// As [`sizes_in`]; [`Error::Shape`] for several contexts.
+pub fn shared_in(state: &TorchState, tower: &TextTower) -> Result<usize> {
+    match sizes_in(state, tower)? {
+        (None, n_ctx) => Ok(n_ctx),
+        (Some(contexts), n_ctx) => Err(Error::Shape {
+            what: format!("`{KEY}` of the checkpoint"),
+            found: vec![contexts, n_ctx, tower.width()],
+            expected: vec![n_ctx, tower.width()],
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::random;
+    use crate::{Activation, Arch, Clip, Storage, VisionArch};
+
+    fn clip() -> Result<Clip> {
+        let arch = Arch {
+            embed_dim: 16,
+            image_resolution: 32,
+            vision: VisionArch::Vit {
+                layers: 1,
+                width: 64,
+                patch_size: 32,
+            },
+            context_length: 77,
+            vocab_size: 49_408,
+            text_width: 64,
+            text_layers: 2,
+            activation: Activation::QuickGelu,
+        };
+        Clip::from_checkpoint(random(&arch, 1)?, Storage::F32)
+    }
+
+    fn difference(a: &Tensor, b: &Tensor) -> Result<f32> {
+        Ok((a - b)?.abs()?.max_all()?.to_scalar::<f32>()?)
+    }
+
+    #[test]
+    fn words_give_the_sentence_they_are_taken_from() -> Result<()> {
+        let clip = clip()?;
+        let names = Classes::new(vec!["tabby_cat".into(), "dog".into()])?;
+        let classes = ClassTokens::new(clip.text(), &names)?;
+        let encoded = |template: &str| -> Result<Tensor> {
+            clip.text()
+                .encode(&Prompts::of_tokens(classes.fill(template)?))
+        };
+        let learned = |context: &Context| -> Result<Tensor> {
+            clip.text()
+                .encode(&context.prompts(&classes, ClassTokenPosition::End)?)
+        };
+        let mut params = Params::new(0);
+        let four = Context::of_words(&mut params, clip.text(), "a photo of a", Some(4))?;
+        assert_eq!(learned(&four)?.dims(), [2, 16]);
+        assert!(difference(&learned(&four)?, &encoded("a photo of a {}.")?)? < 1e-5);
+
+        // Eight words, nine tokens, eight vectors: the ninth token stays in front of the name.
+        let words = "a type of pet, a photo of a";
+        let pet = Context::of_last_words(&mut Params::new(0), clip.text(), words, 8)?;
+        assert_eq!(pet.n_ctx(), 8);
+        let sentence = encoded("a type of pet, a photo of a {}.")?;
+        assert!(difference(&learned(&pet)?, &sentence)? < 1e-5);
+
+        let padded = Context::of_last_words(&mut Params::new(0), clip.text(), words, 16)?;
+        assert_eq!(padded.words(), format!("{} {words}", placeholder(8)));
+        let rows = padded.tensor().abs()?.sum(1)?.to_vec1::<f32>()?;
+        assert!(rows[..8].iter().all(|&x| x == 0.0) && rows[8..].iter().all(|&x| x > 0.0));
+        assert_eq!(learned(&padded)?.dims(), [2, 16]);
+        let refused = Context::of_last_words(&mut Params::new(0), clip.text(), words, 7);
+        assert!(refused.unwrap_err().to_string().contains("the 8 words"));
+        Ok(())
+    }
+
+    #[test]
+    fn settings_without_words_start_at_random() -> Result<()> {
+        assert_eq!(initial_words(None), None);
+        assert_eq!(initial_words(Some(" ")), None);
+        assert_eq!(initial_words(Some("a_b")).as_deref(), Some("a b"));
+        let clip = clip()?;
+        let several = Context::several(&mut Params::new(0), clip.text(), 3, 5)?;
+        assert_eq!(
+            (several.tensor().dims(), several.n_ctx()),
+            (&[3, 5, 64][..], 5)
+        );
+        assert_eq!(several.words(), "X X X X X");
+        assert!(Context::random(&mut Params::new(0), clip.text(), 0).is_err());
+        let names = |names: &[&str]| Classes::new(names.iter().map(|n| (*n).to_owned()).collect());
+        let own = names(&["cat", "dog"])?;
+        let specific = Context::per_class(&mut Params::new(0), clip.text(), &own, 5)?;
+        assert_eq!(specific.tensor().dims(), [2, 5, 64]);
+        assert!(specific.check_serves(&own).is_ok());
+        assert!(specific.check_serves(&names(&["dog", "cat"])?).is_err());
+        assert!(several.check_serves(&names(&["cow"])?).is_ok());
+        Ok(())
+    }
+}
