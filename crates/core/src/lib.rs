@@ -22,10 +22,12 @@ pub mod prompt_file;
 pub mod rng;
 pub mod run;
 pub mod schedule;
+pub mod subspace;
 pub mod task;
 pub mod templates;
 pub mod tokenizer;
 pub mod train;
+pub mod transport;
 
 pub use arch::{Activation, Arch, CONTEXT_LENGTH, HEAD_WIDTH, Preprocess, VOCAB_SIZE, VisionArch};
 pub use checkpoint::Checkpoint;

@@ -204,13 +204,35 @@ impl std::fmt::Debug for Entry {
     }
 }
 
-/// Reads a method's settings, naming what does not fit.
+/// Reads a method's settings over its defaults, which hold for nested settings too, naming what does not fit.
 ///
 /// # Errors
 /// [`Error::Config`] with the key and what was expected.
-pub fn read_config<C: DeserializeOwned>(slug: &str, settings: &Value) -> Result<C> {
-    C::deserialize(settings)
+pub fn read_config<C>(slug: &str, settings: &Value) -> Result<C>
+where
+    C: Default + Serialize + DeserializeOwned,
+{
+    let mut config = defaults_of::<C>();
+    lay_over(&mut config, settings);
+    C::deserialize(config)
         .map_err(|e| Error::config("settings", format_args!("of {slug}"), e.to_string()))
+}
+
+/// Lays `over` on `base`. A table of another `kind` replaces the one below it: the settings of SGD mean nothing to Adam.
+pub fn lay_over(base: &mut Value, over: &Value) {
+    let (Value::Object(base), Value::Object(over)) = (&mut *base, over) else {
+        *base = over.clone();
+        return;
+    };
+    if over
+        .get("kind")
+        .is_some_and(|kind| base.get("kind") != Some(kind))
+    {
+        base.clear();
+    }
+    for (key, value) in over {
+        lay_over(base.entry(key.clone()).or_insert(Value::Null), value);
+    }
 }
 
 /// Default settings as a value.

@@ -188,6 +188,12 @@ impl Loss {
             logits: Some(logits),
         })
     }
+
+    /// The term called `name`.
+    pub fn term(&self, name: &str) -> Option<&Tensor> {
+        let found = self.terms.iter().find(|(term, _)| *term == name);
+        found.map(|(_, value)| value)
+    }
 }
 
 /// What a method that learns by gradient adds to being a [`Predictor`].
@@ -201,18 +207,26 @@ pub trait Objective: Predictor {
     /// Whatever the forward pass refuses.
     fn loss(&self, clip: &Clip, batch: &Batch<'_>, step: Step) -> Result<Loss>;
 
-    /// Changes the gradients before the optimiser sees them (ProGrad, SubPT).
+    /// Changes the gradients of [`Loss::total`] before the optimiser sees them (ProGrad, SubPT). `loss` is what
+    /// [`Objective::loss`] gave: a term that is not minimised may be run backward here.
     ///
     /// # Errors
     /// Whatever the computation refuses.
     fn shape_gradients(
         &mut self,
-        _clip: &Clip,
-        _batch: &Batch<'_>,
+        _loss: &Loss,
         _gradients: &mut Gradients,
         _step: Step,
     ) -> Result<()> {
         Ok(())
+    }
+
+    /// Looks at the parameters after an epoch, of which `done` are over; `false` ends the training there.
+    ///
+    /// # Errors
+    /// Whatever the computation refuses.
+    fn after_epoch(&mut self, _done: usize) -> Result<bool> {
+        Ok(true)
     }
 
     /// What else must survive a crash for the run to go on exactly (collected gradients, running means).
@@ -285,7 +299,7 @@ pub fn gradients<O: Objective + ?Sized>(
         return Err(diverged("loss", value));
     }
     let mut gradients = Gradients::of(&loss.total, objective.params())?;
-    objective.shape_gradients(clip, batch, &mut gradients, step)?;
+    objective.shape_gradients(&loss, &mut gradients, step)?;
     for (name, gradient) in gradients.iter() {
         if let Some(Err(Error::NotFinite { value, .. })) = gradient.map(|g| check_finite(g, name)) {
             return Err(diverged(&format!("gradient of `{name}`"), value));
@@ -471,6 +485,9 @@ pub fn train<O: Objective>(
             None => None,
         };
         saved.finish_epoch(lr, val_accuracy, objective.params())?;
+        if !objective.after_epoch(saved.epoch)? {
+            break;
+        }
     }
     run.progress.finish();
     if let Some(best) = &saved.best {

@@ -1,7 +1,7 @@
 //! A method's settings from a file's table and from flags, each value remembering where it was written.
 
 use anyhow::{Result, anyhow, bail};
-use cliptune::method::{AnyMethod, Entry};
+use cliptune::method::{AnyMethod, Entry, lay_over};
 use cliptune::{Error, registry};
 use serde_json::{Map, Value};
 
@@ -162,7 +162,7 @@ fn layered(defaults: &Value, file: &[Setting], flags: &[Setting]) -> Value {
         for setting in layer {
             insert(&mut tree, &setting.path, &setting.value);
         }
-        merge(&mut config, &tree);
+        lay_over(&mut config, &tree);
     }
     config
 }
@@ -181,23 +181,6 @@ fn insert(tree: &mut Value, path: &[String], value: &Value) {
             rest,
             value,
         );
-    }
-}
-
-/// Lays `over` on `base`. A table of another `kind` replaces the one below it: the settings of SGD mean nothing to Adam.
-fn merge(base: &mut Value, over: &Value) {
-    let (Value::Object(base), Value::Object(over)) = (&mut *base, over) else {
-        *base = over.clone();
-        return;
-    };
-    if over
-        .get("kind")
-        .is_some_and(|kind| base.get("kind") != Some(kind))
-    {
-        base.clear();
-    }
-    for (key, value) in over {
-        merge(base.entry(key.clone()).or_insert(Value::Null), value);
     }
 }
 
