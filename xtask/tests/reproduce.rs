@@ -430,6 +430,7 @@ fn a_data_set_of_ones_own_replaces_the_tasks() -> TestResult {
     let arguments = [
         "--data",
         root,
+        "--methods=zeroshot,coop",
         "--shots=2",
         "--seeds=1,2",
         "--set=train.epochs=2",
