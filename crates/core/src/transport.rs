@@ -5,7 +5,7 @@
 //! (Cuturi, NIPS 2013, arXiv 1306.0895). The last update is that of `c`: column sums are exact, row sums as good as the
 //! stopping rule asks.
 //!
-//! Forward and backward are one candle op each ([`Solve`], [`PlanGradient`]), the place for a kernel on another device.
+//! Forward and backward are one candle op each (`Solve`, `PlanGradient`), the place for a kernel on another device.
 
 use std::sync::{Arc, OnceLock};
 
