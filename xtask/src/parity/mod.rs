@@ -4,6 +4,7 @@ mod case;
 mod check;
 mod clip_cases;
 mod cocoop;
+mod kgcoop;
 mod objective;
 mod preprocess;
 mod text_pt;
@@ -46,6 +47,7 @@ fn runner(slug: &str, name: &str) -> Option<Runner> {
         ("zeroshot", _) => text_pt::zeroshot,
         ("coop", _) => text_pt::coop,
         ("cocoop", _) => cocoop::run,
+        ("kgcoop", _) => kgcoop::run,
         _ => return None,
     })
 }
