@@ -9,6 +9,7 @@ mod objective;
 mod preprocess;
 mod text_pt;
 mod tokenizer;
+mod vpt;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -48,6 +49,7 @@ fn runner(slug: &str, name: &str) -> Option<Runner> {
         ("coop", _) => text_pt::coop,
         ("cocoop", _) => cocoop::run,
         ("kgcoop", _) => kgcoop::run,
+        ("vpt", _) => vpt::run,
         _ => return None,
     })
 }
