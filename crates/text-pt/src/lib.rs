@@ -3,6 +3,7 @@
 pub mod cocoop;
 pub mod coop;
 pub mod kgcoop;
+pub mod proda;
 pub mod vpt;
 pub mod zeroshot;
 
@@ -11,6 +12,7 @@ use cliptune_core::method::Entry;
 pub use cocoop::{CoCoOp, CoCoOpConfig};
 pub use coop::{CoOp, CoOpConfig};
 pub use kgcoop::{KgCoOp, KgCoOpConfig};
+pub use proda::{ProDa, ProDaConfig};
 pub use vpt::{Vpt, VptConfig};
 pub use zeroshot::{ZeroShot, ZeroShotConfig};
 
@@ -21,4 +23,5 @@ pub const METHODS: &[Entry] = &[
     cocoop::ENTRY,
     kgcoop::ENTRY,
     vpt::ENTRY,
+    proda::ENTRY,
 ];
