@@ -2,13 +2,26 @@
 
 pub mod cocoop;
 pub mod coop;
+pub mod kgcoop;
+pub mod proda;
+pub mod vpt;
 pub mod zeroshot;
 
 use cliptune_core::method::Entry;
 
 pub use cocoop::{CoCoOp, CoCoOpConfig};
 pub use coop::{CoOp, CoOpConfig};
+pub use kgcoop::{KgCoOp, KgCoOpConfig};
+pub use proda::{ProDa, ProDaConfig};
+pub use vpt::{Vpt, VptConfig};
 pub use zeroshot::{ZeroShot, ZeroShotConfig};
 
 /// The family's methods, in the order in which they are listed. A new method adds its file and its line here.
-pub const METHODS: &[Entry] = &[zeroshot::ENTRY, coop::ENTRY, cocoop::ENTRY];
+pub const METHODS: &[Entry] = &[
+    zeroshot::ENTRY,
+    coop::ENTRY,
+    cocoop::ENTRY,
+    kgcoop::ENTRY,
+    vpt::ENTRY,
+    proda::ENTRY,
+];

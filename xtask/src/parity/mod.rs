@@ -4,10 +4,12 @@ mod case;
 mod check;
 mod clip_cases;
 mod cocoop;
+mod kgcoop;
 mod objective;
 mod preprocess;
 mod text_pt;
 mod tokenizer;
+mod vpt;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -46,6 +48,8 @@ fn runner(slug: &str, name: &str) -> Option<Runner> {
         ("zeroshot", _) => text_pt::zeroshot,
         ("coop", _) => text_pt::coop,
         ("cocoop", _) => cocoop::run,
+        ("kgcoop", _) => kgcoop::run,
+        ("vpt", _) => vpt::run,
         _ => return None,
     })
 }

@@ -12,7 +12,8 @@ use cliptune_core::rng::Rng;
 use cliptune_core::task::{MemoryImages, Split};
 use cliptune_core::train::{Batch, Loss, Objective, Step, gradients};
 use cliptune_core::{
-    Activation, Arch, Classes, Clip, Gradients, ImageBatch, Labelled, Result, Storage, VisionArch,
+    Activation, Arch, Classes, Clip, Error, Gradients, ImageBatch, Labelled, Result, Storage,
+    VisionArch,
 };
 
 pub(crate) fn clip() -> Result<Clip> {
@@ -110,7 +111,7 @@ pub(crate) fn gradients_are_slopes<O: Objective>(
 ) -> Result<()> {
     let (_, gradients) = step(method, clip, classes, n)?;
     for (name, gradient) in gradients.iter() {
-        let gradient = gradient.unwrap_or_else(|| panic!("`{name}` gets no gradient"));
+        let gradient = gradient.ok_or_else(|| Error::Data(format!("`{name}` gets no gradient")))?;
         let start: BTreeMap<String, Tensor> = method.params().tensors()?.into_iter().collect();
         let size = f64::from(gradient.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>()?);
         assert!(size > 1e-6, "the gradient of `{name}` is {size}");
@@ -151,6 +152,13 @@ pub(crate) fn with(
     let mut tensors: BTreeMap<String, Tensor> = method.params().tensors()?.into_iter().collect();
     assert!(tensors.insert(name.to_owned(), value).is_some(), "{name}");
     Ok(tensors)
+}
+
+/// A term of a loss.
+pub(crate) fn term(loss: &Loss, name: &str) -> Result<f32> {
+    let found = loss.terms.iter().find(|(n, _)| *n == name);
+    let (_, value) = found.ok_or_else(|| Error::Data(format!("no term `{name}`")))?;
+    Ok(value.to_scalar()?)
 }
 
 /// The error's words.
