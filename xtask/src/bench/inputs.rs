@@ -58,7 +58,7 @@ pub(super) fn write(path: &Path, tensors: &Named) -> Result<()> {
     })?)
 }
 
-/// Reads what [`write`] wrote.
+/// Reads what [`write()`] wrote.
 pub(super) fn read(path: &Path) -> Result<Named> {
     let tensors = candle_core::safetensors::load(path, &Device::Cpu)
         .with_context(|| path.display().to_string())?;
