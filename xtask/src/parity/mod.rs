@@ -6,6 +6,7 @@ mod clip_cases;
 mod cocoop;
 mod objective;
 mod preprocess;
+mod prograd;
 mod text_pt;
 mod tokenizer;
 
@@ -46,6 +47,7 @@ fn runner(slug: &str, name: &str) -> Option<Runner> {
         ("zeroshot", _) => text_pt::zeroshot,
         ("coop", _) => text_pt::coop,
         ("cocoop", _) => cocoop::run,
+        ("prograd", _) => prograd::run,
         _ => return None,
     })
 }
