@@ -2,6 +2,7 @@
 
 pub mod cocoop;
 pub mod coop;
+pub mod plot;
 pub mod prograd;
 pub mod zeroshot;
 
@@ -9,8 +10,15 @@ use cliptune_core::method::Entry;
 
 pub use cocoop::{CoCoOp, CoCoOpConfig};
 pub use coop::{CoOp, CoOpConfig};
+pub use plot::{Plot, PlotConfig};
 pub use prograd::{ProGrad, ProGradConfig};
 pub use zeroshot::{ZeroShot, ZeroShotConfig};
 
 /// The family's methods, in the order in which they are listed. A new method adds its file and its line here.
-pub const METHODS: &[Entry] = &[zeroshot::ENTRY, coop::ENTRY, cocoop::ENTRY, prograd::ENTRY];
+pub const METHODS: &[Entry] = &[
+    zeroshot::ENTRY,
+    coop::ENTRY,
+    cocoop::ENTRY,
+    prograd::ENTRY,
+    plot::ENTRY,
+];

@@ -5,6 +5,7 @@ mod check;
 mod clip_cases;
 mod cocoop;
 mod objective;
+mod plot;
 mod preprocess;
 mod prograd;
 mod text_pt;
@@ -48,6 +49,7 @@ fn runner(slug: &str, name: &str) -> Option<Runner> {
         ("coop", _) => text_pt::coop,
         ("cocoop", _) => cocoop::run,
         ("prograd", _) => prograd::run,
+        ("plot", _) => plot::run,
         _ => return None,
     })
 }
