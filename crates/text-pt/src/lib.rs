@@ -4,6 +4,7 @@ pub mod cocoop;
 pub mod coop;
 pub mod plot;
 pub mod prograd;
+pub mod subpt;
 pub mod zeroshot;
 
 use cliptune_core::method::Entry;
@@ -12,6 +13,7 @@ pub use cocoop::{CoCoOp, CoCoOpConfig};
 pub use coop::{CoOp, CoOpConfig};
 pub use plot::{Plot, PlotConfig};
 pub use prograd::{ProGrad, ProGradConfig};
+pub use subpt::{SubPt, SubPtConfig};
 pub use zeroshot::{ZeroShot, ZeroShotConfig};
 
 /// The family's methods, in the order in which they are listed. A new method adds its file and its line here.
@@ -21,4 +23,5 @@ pub const METHODS: &[Entry] = &[
     cocoop::ENTRY,
     prograd::ENTRY,
     plot::ENTRY,
+    subpt::ENTRY,
 ];

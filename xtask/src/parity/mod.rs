@@ -8,6 +8,7 @@ mod objective;
 mod plot;
 mod preprocess;
 mod prograd;
+mod subpt;
 mod text_pt;
 mod tokenizer;
 
@@ -50,6 +51,7 @@ fn runner(slug: &str, name: &str) -> Option<Runner> {
         ("cocoop", _) => cocoop::run,
         ("prograd", _) => prograd::run,
         ("plot", _) => plot::run,
+        ("subpt", _) => subpt::run,
         _ => return None,
     })
 }
