@@ -27,6 +27,11 @@ use self::record::Results;
 use self::rows::{Contender, Row};
 use crate::{out, reproduce};
 
+/// Whether this is a development build, whose checks cost time.
+const DEVELOPMENT: bool = cfg!(debug_assertions);
+/// The call whose times are worth keeping.
+const RELEASE: &str = "cargo run --release -p xtask -- bench";
+
 /// Arguments of `cargo xtask bench`.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Args {
@@ -77,6 +82,11 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
         if value == Some(0) {
             bail!("{option} 0: expected at least one");
         }
+    }
+    if DEVELOPMENT {
+        out::error(&format!(
+            "a development build is slower than what is shipped; to keep times: {RELEASE}"
+        ));
     }
     let root = reproduce::root();
     let work = args.work.clone();
@@ -161,7 +171,10 @@ impl Args {
 
     /// The call without paths, which mean nothing on another machine.
     fn command(&self) -> String {
-        let mut command = "cargo xtask bench".to_owned();
+        let mut command = match DEVELOPMENT {
+            true => "cargo xtask bench".to_owned(),
+            false => RELEASE.to_owned(),
+        };
         for row in &self.row {
             command += &format!(" --row {row}");
         }

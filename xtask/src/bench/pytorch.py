@@ -20,7 +20,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "I64": torch.int64}
 
 
 def read(path):
-    """The tensors of a safetensors file, floating point in f32."""
+    """The tensors of a safetensors file as it holds them, mapped: copy what is to stay."""
     with open(path, "rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     start = 8 + int.from_bytes(data[:8], "little")
@@ -31,8 +31,7 @@ def read(path):
         dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
         count = (end - begin) // torch.empty(0, dtype=dtype).element_size()
         flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin)
-        tensor = flat.reshape(entry["shape"]).clone()
-        tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+        tensors[name] = flat.reshape(entry["shape"])
     return tensors
 
 
@@ -94,12 +93,12 @@ class VisionTransformer(nn.Module):
         super().__init__()
         width, _, _, patch = weights["visual.conv1.weight"].shape
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
-        self.class_embedding = nn.Parameter(weights["visual.class_embedding"])
-        self.positional_embedding = nn.Parameter(weights["visual.positional_embedding"])
+        self.class_embedding = nn.Parameter(torch.empty(weights["visual.class_embedding"].shape))
+        self.positional_embedding = nn.Parameter(torch.empty(weights["visual.positional_embedding"].shape))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, blocks(weights, "visual.transformer."))
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(weights["visual.proj"])
+        self.proj = nn.Parameter(torch.empty(weights["visual.proj"].shape))
 
     def forward(self, x):
         x = self.conv1(x).flatten(2).permute(0, 2, 1)
@@ -140,7 +139,7 @@ class AttentionPool(nn.Module):
         super().__init__()
         positions = weights["visual.attnpool.positional_embedding"]
         width, out = positions.shape[1], weights["visual.attnpool.c_proj.weight"].shape[0]
-        self.positional_embedding = nn.Parameter(positions)
+        self.positional_embedding = nn.Parameter(torch.empty(positions.shape))
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
@@ -215,18 +214,17 @@ class Clip(nn.Module):
         width = weights["ln_final.weight"].shape[0]
         self.transformer = Transformer(width, blocks(weights, "transformer."))
         self.token_embedding = nn.Embedding(*weights["token_embedding.weight"].shape)
-        self.positional_embedding = nn.Parameter(weights["positional_embedding"])
+        self.positional_embedding = nn.Parameter(torch.empty(weights["positional_embedding"].shape))
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(weights["text_projection"])
-        self.logit_scale = nn.Parameter(weights["logit_scale"])
-        # The tensors themselves become the parameters: loading must not set the peak of the memory.
-        missing, unexpected = self.load_state_dict(weights, strict=False, assign=True)
+        self.text_projection = nn.Parameter(torch.empty(weights["text_projection"].shape))
+        self.logit_scale = nn.Parameter(torch.empty(weights["logit_scale"].shape))
+        missing, unexpected = self.load_state_dict(weights, strict=False)
         # How many batches a norm has seen is counted only while it learns.
         missing = [name for name in missing if not name.endswith("num_batches_tracked")]
         if missing or unexpected:
             raise SystemExit(f"weights: missing {missing}, unexpected {unexpected}")
         length = self.positional_embedding.shape[0]
-        self.mask = torch.full((length, length), float("-inf"), device="cpu").triu(1)
+        self.mask = torch.full((length, length), float("-inf")).triu(1)
 
     def encode_embedded(self, embedded, tokens):
         """(prompts, tokens, width) of input embeddings -> (prompts, dim)."""
@@ -363,13 +361,11 @@ def answer(reply):
 def main():
     job = json.loads(sys.stdin.readline())
     torch.set_num_threads(job["threads"])
-    weights = read(job["weights"])
-    with torch.device("meta"):
-        clip = Clip(weights).eval()
-    del weights
+    clip = Clip(read(job["weights"])).eval()
     for param in clip.parameters():
         param.requires_grad_(False)
-    work = WORK[job["task"]["kind"]](job, clip, read(job["inputs"]))
+    inputs = {name: tensor.clone() for name, tensor in read(job["inputs"]).items()}
+    work = WORK[job["task"]["kind"]](job, clip, inputs)
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     answer({"ready": {"versions": versions, "forecast": None}})
     for line in sys.stdin:
