@@ -1,9 +1,9 @@
 //! Kernels for the benches; nothing here is part of the interface.
 
+use crate::Activation;
 use crate::engine::attend::{Attention, Prefixes};
 use crate::engine::plan::{Chunk, Sequence};
 use crate::kernels::{Onto, Packed, rows};
-use crate::{Activation, HEAD_WIDTH};
 
 /// A frozen matrix laid out for the vector units.
 #[derive(Debug)]
@@ -117,10 +117,5 @@ impl TextAttention {
     pub fn backward(&mut self, d_out: &[f32], d_qkv: &mut [f32], owing: &mut [f32]) {
         let (attention, scratch) = self.parts();
         attention.backward(d_out, d_qkv, scratch, owing, |_| Some(0));
-    }
-
-    /// Heads.
-    pub fn heads(&self) -> usize {
-        self.width / HEAD_WIDTH
     }
 }

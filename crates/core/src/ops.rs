@@ -698,7 +698,8 @@ pub fn log_mean_exp(x: &Tensor) -> Result<Tensor> {
 
 /// Calls `f` with the number of every row of `x` and the row alone, in parallel, and puts the results below one another.
 ///
-/// What a row gives has the same bits whatever rows are beside it, and no more than one row per thread is worked on.
+/// What a row gives has the same bits whatever rows are beside it. About as many rows are worked on at a time as there are
+/// threads.
 ///
 /// # Errors
 /// The error of the first row that fails; [`Error::Data`] if there is no row.

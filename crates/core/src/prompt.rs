@@ -125,19 +125,14 @@ impl Prompts {
         if self.rows.is_empty() {
             return Err(Error::Data("there are no prompts to encode".into()));
         }
-        let deepest = self
-            .deeper
-            .iter()
-            .map(|(_, t)| t.dim(0))
-            .max_by_key(|d| d.as_ref().ok().copied());
-        if let Some(blocks) = deepest
-            .transpose()?
-            .filter(|blocks| *blocks >= tower.blocks())
-        {
-            return Err(Error::Data(format!(
-                "deeper rows for {blocks} blocks; behind the first the tower has {}",
-                tower.blocks() - 1
-            )));
+        for (_, rows) in &self.deeper {
+            let blocks = rows.dim(0)?;
+            if blocks >= tower.blocks() {
+                return Err(Error::Data(format!(
+                    "deeper rows for {blocks} blocks; behind the first the tower has {}",
+                    tower.blocks() - 1
+                )));
+            }
         }
         let mut words: Vec<u32> = Vec::new();
         let mut word_rows = HashMap::new();

@@ -1,12 +1,12 @@
 //! This workspace's side of each row, through its public interface.
 
 use anyhow::Result;
-use candle_core::{IndexOp, Tensor};
-use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, Piece, Prompts, placeholder};
+use candle_core::Tensor;
+use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, Prompts, placeholder};
 use cliptune_core::tokenizer::END;
 use cliptune_core::train::Objective;
 use cliptune_core::{Classes, Clip, Gradients, Params, ops};
-use cliptune_text_pt::{CoOp, CoOpConfig};
+use cliptune_text_pt::{CoCoOp, CoCoOpConfig, CoOp, CoOpConfig};
 use serde_json::json;
 
 use super::inputs::{self, Named};
@@ -20,7 +20,9 @@ pub(super) fn work(job: &Job, budget: Option<u64>) -> Result<Box<dyn Work>> {
     let inputs = inputs::read(&job.inputs)?;
     Ok(match job.task {
         Task::Coop { classes, n_ctx, .. } => Box::new(Coop::new(clip, &inputs, classes, n_ctx)?),
-        Task::Cocoop { .. } => Box::new(Cocoop::new(clip, &inputs)?),
+        Task::Cocoop { classes, n_ctx, .. } => {
+            Box::new(Cocoop::new(clip, &inputs, classes, n_ctx)?)
+        }
         Task::ZeroShot { templates, .. } => Box::new(ZeroShot {
             prompts: Prompts::of_tokens(tokens(&inputs)?),
             clip,
@@ -113,90 +115,53 @@ impl Work for Coop {
 
 struct Cocoop {
     clip: Clip,
-    params: Params,
-    tokens: Vec<Vec<u32>>,
+    cocoop: CoCoOp,
+    classes: ClassTokens,
     image_features: Tensor,
     labels: Vec<u32>,
 }
 
 impl Cocoop {
-    const LEARNED: [&str; 5] = [
-        "ctx",
-        "meta_net.linear1.weight",
-        "meta_net.linear1.bias",
-        "meta_net.linear2.weight",
-        "meta_net.linear2.bias",
-    ];
-
-    fn new(clip: Clip, inputs: &Named) -> Result<Self> {
-        let mut params = Params::new(0);
-        for name in Self::LEARNED {
-            params.copied(name, &inputs[name])?;
-        }
+    fn new(clip: Clip, inputs: &Named, classes: usize, n_ctx: usize) -> Result<Self> {
+        let classes = Classes::new(names(classes))?;
+        let config = CoCoOpConfig::read(&json!({ "n_ctx": n_ctx, "ctx_init": null }))?;
         Ok(Self {
+            cocoop: CoCoOp::with_tensors(&config, &clip, &classes, 0, inputs)?,
+            classes: ClassTokens::new(clip.text(), &classes)?,
             clip,
-            params,
-            tokens: tokens(inputs)?,
-            image_features: ops::unit_length(&inputs["image_features"], "an image feature")?,
+            image_features: inputs["image_features"].clone(),
             labels: labels(inputs)?,
         })
     }
 
-    /// One context an image, `(batch, n_ctx, width)`, around every class name.
-    fn prompts(&self) -> Result<Prompts> {
-        let [ctx, w1, b1, w2, b2] = Self::LEARNED.map(|name| {
-            let param = self.params.get(name);
-            param
-                .map(|param| param.tensor().clone())
-                .ok_or_else(|| cliptune_core::Error::Data(format!("the inputs hold no `{name}`")))
-        });
-        let ctx = ctx?;
-        let hidden = self
-            .image_features
-            .matmul(&w1?.t()?)?
-            .broadcast_add(&b1?)?
-            .relu()?;
-        let shift = hidden.matmul(&w2?.t()?)?.broadcast_add(&b2?)?;
-        let shifted = ctx.unsqueeze(0)?.broadcast_add(&shift.unsqueeze(1)?)?;
-        let n_ctx = ctx.dim(0)?;
-        let mut prompts = Prompts::new();
-        let source = prompts.learn(&shifted);
-        for context in 0..shifted.dim(0)? {
-            for ids in &self.tokens {
-                prompts.push(vec![
-                    Piece::Words(ids[..1].to_vec()),
-                    Piece::Learned {
-                        source,
-                        context,
-                        rows: 0..n_ctx,
-                    },
-                    Piece::Words(ids[1 + n_ctx..].to_vec()),
-                ]);
-            }
-        }
-        Ok(prompts)
+    fn unit(&self) -> Result<Tensor> {
+        Ok(ops::unit_length(&self.image_features, "an image feature")?)
     }
 }
 
 impl Work for Cocoop {
     fn step(&mut self, _: usize) -> Result<Named> {
-        let features = self.clip.text().encode(&self.prompts()?)?;
-        let (batch, dim) = self.image_features.dims2()?;
+        let unit = self.unit()?;
+        let contexts = self.cocoop.contexts(&unit)?;
+        let features = self
+            .cocoop
+            .text_features(&self.clip, &self.classes, &contexts)?;
         let text = ops::unit_length(&features, "a text feature")?;
-        let text = text.reshape((batch, self.tokens.len(), dim))?;
-        // Each image has text features of its own.
-        let logits = (0..batch).map(|image| -> Result<Tensor> {
-            let scaled = (self.image_features.i(image..=image)? * self.clip.scale())?;
-            Ok(scaled.matmul(&text.i(image)?.t()?)?)
-        });
-        let logits = Tensor::cat(&logits.collect::<Result<Vec<_>>>()?, 0)?;
+        let logits = ops::own_dots(&(unit * self.clip.scale())?, &text)?;
         let loss = ops::cross_entropy(&logits, &self.labels)?;
+        let features = features.flatten(0, 1)?;
         let results = [("features", &features), ("logits", &logits)];
-        with_gradients(&results, &loss, &self.params)
+        with_gradients(&results, &loss, self.cocoop.params())
     }
 
     fn forecast(&self) -> Result<Option<u64>> {
-        Ok(Some(self.clip.text().forecast(&self.prompts()?)?.bytes()))
+        let contexts = self.cocoop.contexts(&self.unit()?)?;
+        let n_ctx = contexts.dim(1)?;
+        let words = placeholder(n_ctx);
+        let prompts = self
+            .classes
+            .weave_each(&contexts, &words, ClassTokenPosition::End)?;
+        Ok(Some(self.clip.text().forecast(&prompts)?.bytes()))
     }
 }
 

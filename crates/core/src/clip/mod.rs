@@ -10,7 +10,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use rayon::prelude::*;
 
 use self::block::Weights;
 use self::resnet::ResNet;
@@ -397,19 +396,4 @@ impl Glimpses {
                 .collect(),
         }
     }
-}
-
-/// Runs `encode` on every image alone, in parallel.
-///
-/// The matrix kernels choose their blocks by the number of rows, so a product's last bits depend on it. One image at a time
-/// makes a feature independent of its batch, which the feature cache rests on.
-fn each_image(
-    pixels: &Tensor,
-    encode: impl Fn(&Tensor) -> Result<Tensor> + Sync,
-) -> Result<Tensor> {
-    let features: Vec<Tensor> = (0..pixels.dim(0)?)
-        .into_par_iter()
-        .map(|i| encode(&pixels.narrow(0, i, 1)?))
-        .collect::<Result<_>>()?;
-    Ok(Tensor::cat(&features, 0)?)
 }

@@ -2,11 +2,11 @@
 
 use candle_core::{IndexOp, Tensor};
 
+use super::Glimpses;
 use super::block::{Block, Weights};
 use super::text::Probe;
 use super::vit_run::{self, Runner, Wanted};
-use super::{Glimpses, each_image};
-use crate::ops::{LayerNorm, Linear, with_values};
+use crate::ops::{self, LayerNorm, Linear, with_values};
 use crate::{Arch, Error, HEAD_WIDTH, Result};
 
 #[derive(Debug)]
@@ -146,7 +146,8 @@ impl Vit {
             false => self.runner()?,
         };
         let Some(runner) = runner else {
-            return each_image(pixels, |image| match wanted {
+            // Matrix kernels choose their blocks by the number of rows: alone, an image has its own bits.
+            return ops::row_by_row(pixels, |_, image| match wanted {
                 Wanted::ClassToken => self.encode(image, &mut |_, _| Ok(())),
                 Wanted::EveryToken => self.encode_dense(image),
             });

@@ -6,7 +6,9 @@
 pub(crate) mod attend;
 pub(crate) mod buffers;
 pub(crate) mod memory;
+mod order;
 pub(crate) mod plan;
+mod record;
 pub(crate) mod run;
 #[cfg(test)]
 mod tests;

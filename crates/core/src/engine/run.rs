@@ -6,14 +6,14 @@
 //! nor on what is kept.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::attend::{Attention, Prefixes};
 use super::buffers::{Buffers, Cut};
 use super::memory::{Parts, Policy};
+use super::order::in_order;
 use super::plan::{Chunk, Plan};
+use super::record::{Keep, Kind, Layout};
 use crate::clip::FrozenBlock;
 use crate::kernels::rows::{activate, activate_backward, add_into};
 use crate::ops::Threads;
@@ -63,127 +63,6 @@ pub(crate) struct Runner<'a> {
     pub(crate) buffers: &'a Buffers,
     pub(crate) policy: Policy,
     pub(crate) at_a_time: usize,
-}
-
-/// What stays of a pass over a chunk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Keep {
-    /// What the way back reads.
-    Everything,
-    /// Of a prefix, what suffixes read.
-    Keys,
-    Nothing,
-}
-
-/// Prefixes end with the last block's keys and values, suffixes with their prompts' ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Beginning,
-    Ending,
-}
-
-/// Where a chunk's parts of every block lie, from its first float on.
-#[derive(Debug)]
-struct Layout {
-    keep: Keep,
-    rows: usize,
-    /// By block: where its part begins, and how many rows ask there.
-    blocks: Vec<(usize, usize)>,
-    floats: usize,
-}
-
-/// Of a chunk at one block: input `(rows, width)`, queries, keys and values `(rows, 3·width)`, and of the rows that ask
-/// what is there after attention `(asking, width)` and before the activation `(asking, 4·width)`.
-struct Kept<'a> {
-    x: &'a [f32],
-    qkv: &'a [f32],
-    middle: &'a [f32],
-    hidden: &'a [f32],
-}
-
-/// [`Kept`] to be written, and the next block's input.
-struct Making<'a> {
-    x: &'a mut [f32],
-    qkv: &'a mut [f32],
-    middle: &'a mut [f32],
-    hidden: &'a mut [f32],
-    next: &'a mut [f32],
-}
-
-impl Layout {
-    fn kept<'a>(&self, record: &'a [f32], block: usize, width: usize) -> Kept<'a> {
-        let (first, asking) = self.blocks[block];
-        let (x, rest) = record[first..].split_at(self.rows * width);
-        let (qkv, rest) = rest.split_at(3 * self.rows * width);
-        let (middle, rest) = rest.split_at(asking * width);
-        Kept {
-            x,
-            qkv,
-            middle,
-            hidden: &rest[..4 * asking * width],
-        }
-    }
-
-    /// Where the queries, keys and values of a block begin.
-    fn qkv(&self, block: usize, width: usize) -> usize {
-        let before = match self.keep {
-            Keep::Everything => self.rows * width,
-            _ => 0,
-        };
-        self.blocks[block].0 + before
-    }
-
-    /// Floats beside the record that a pass forward writes what is not kept to.
-    fn spare(&self, width: usize) -> usize {
-        match self.keep {
-            Keep::Everything => 0,
-            Keep::Keys => 7 * self.rows * width,
-            Keep::Nothing => 10 * self.rows * width,
-        }
-    }
-
-    fn making<'a>(
-        &self,
-        record: &'a mut [f32],
-        spare: &'a mut [f32],
-        block: usize,
-        width: usize,
-    ) -> Making<'a> {
-        let (first, asking) = self.blocks[block];
-        let (rows, asking) = (self.rows * width, asking * width);
-        if self.keep == Keep::Everything {
-            let mut cut = Cut::new(&mut record[first..]);
-            return Making {
-                x: cut.take(rows),
-                qkv: cut.take(3 * rows),
-                middle: cut.take(asking),
-                hidden: cut.take(4 * asking),
-                next: match block + 1 == self.blocks.len() {
-                    true => &mut [],
-                    false => cut.take(rows),
-                },
-            };
-        }
-        let mut cut = Cut::new(spare);
-        let (even, odd) = (cut.take(rows), cut.take(rows));
-        let (x, next) = if block.is_multiple_of(2) {
-            (even, odd)
-        } else {
-            (odd, even)
-        };
-        let (middle, hidden) = (cut.take(asking), cut.take(4 * asking));
-        let qkv = match self.keep {
-            Keep::Keys => &mut record[first..][..3 * rows],
-            _ => cut.take(3 * rows),
-        };
-        Making {
-            x,
-            qkv,
-            middle,
-            hidden,
-            next,
-        }
-    }
 }
 
 /// Which part of a plan's record belongs to which chunk.
@@ -860,45 +739,5 @@ impl Runner<'_> {
 fn gather(x: &[f32], rows: &[u32], width: usize, out: &mut [f32]) {
     for (row, out) in rows.iter().zip(out.chunks_exact_mut(width)) {
         out.copy_from_slice(&x[*row as usize * width..][..width]);
-    }
-}
-
-/// Calls `work` for `0..n` on up to `at_a_time` threads, and `take` with its results in their order.
-fn in_order<T: Send>(
-    n: usize,
-    at_a_time: usize,
-    work: impl Fn(usize) -> T + Sync,
-    take: impl FnMut(usize, T) + Send,
-) {
-    struct Waiting<T, F> {
-        next: usize,
-        done: BTreeMap<usize, T>,
-        take: F,
-    }
-    let waiting = Mutex::new(Waiting {
-        next: 0,
-        done: BTreeMap::new(),
-        take,
-    });
-    let next = AtomicUsize::new(0);
-    let worker = || {
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= n {
-                return;
-            }
-            let result = work(i);
-            let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
-            let waiting = &mut *waiting;
-            waiting.done.insert(i, result);
-            while let Some(result) = waiting.done.remove(&waiting.next) {
-                (waiting.take)(waiting.next, result);
-                waiting.next += 1;
-            }
-        }
-    };
-    match n.min(at_a_time).min(rayon::current_num_threads()) {
-        0 | 1 => worker(),
-        workers => rayon::scope(|scope| (0..workers).for_each(|_| scope.spawn(|_| worker()))),
     }
 }
