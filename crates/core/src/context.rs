@@ -135,6 +135,24 @@ impl Context {
         })
     }
 
+    /// Refuses words that leave tokens frozen in front of a class name that does not stand behind the context.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn check_position(&self, tower: &TextTower, position: ClassTokenPosition) -> Result<()> {
+        let tokens = tower.tokenizer()?.encode(&self.words).len();
+        if tokens == self.n_ctx() || position == ClassTokenPosition::End {
+            return Ok(());
+        }
+        let expected = format!(
+            "end: `{}` is {tokens} tokens for {} vectors, the others stand in front of the name",
+            self.words,
+            self.n_ctx()
+        );
+        let position = format!("{position:?}").to_lowercase();
+        Err(Error::config("class_token_position", position, expected))
+    }
+
     /// The vectors; gradients flow to them.
     pub fn tensor(&self) -> &Tensor {
         self.param.tensor()

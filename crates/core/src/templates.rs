@@ -72,6 +72,21 @@ pub fn id_of(name: &str) -> &str {
     known.map_or(name, |d| d.0)
 }
 
+/// As [`for_dataset`], with the type of the class in front: what ProGrad's and SubPT's authors use.
+///
+/// # Errors
+/// As [`for_dataset`].
+pub fn type_first(name: &str) -> Result<&'static str> {
+    Ok(match for_dataset(name)? {
+        "a photo of a {}, a type of pet." => "a type of pet, a photo of a {}.",
+        "a photo of a {}, a type of flower." => "a type of flower, a photo of a {}.",
+        "a photo of a {}, a type of aircraft." => "a type of aircraft, a photo of a {}.",
+        "a photo of {}, a type of food." => "a type of food, a photo of {}.",
+        "{} texture." => "a texture of {}.",
+        without_a_type => without_a_type,
+    })
+}
+
 /// Whether a data set is ImageNet itself (its variants are not).
 pub fn is_imagenet(name: &str) -> bool {
     matches!(name, "imagenet" | "ImageNet")

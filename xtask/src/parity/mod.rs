@@ -7,6 +7,7 @@ mod cocoop;
 mod kgcoop;
 mod objective;
 mod preprocess;
+mod prograd;
 mod text_pt;
 mod tokenizer;
 mod vpt;
@@ -50,6 +51,7 @@ fn runner(slug: &str, name: &str) -> Option<Runner> {
         ("cocoop", _) => cocoop::run,
         ("kgcoop", _) => kgcoop::run,
         ("vpt", _) => vpt::run,
+        ("prograd", _) => prograd::run,
         _ => return None,
     })
 }

@@ -12,6 +12,15 @@ use serde::Deserialize;
 use super::case::Case;
 use super::check::{AFTER, Check, START};
 
+/// The first step of a case, for what is computed apart from the steps.
+pub(crate) const FIRST: Step = Step {
+    seed: 0,
+    epoch: 0,
+    epochs: 1,
+    index: 0,
+    steps: 1,
+};
+
 /// Compares loss, terms and gradients at the start, makes the case's steps, and compares losses and parameters after them.
 pub(crate) fn train<O: Objective>(
     case: &Case,
@@ -19,6 +28,18 @@ pub(crate) fn train<O: Objective>(
     objective: &mut O,
     batch: &Batch<'_>,
     check: &mut Check,
+) -> Result<()> {
+    train_watched(case, clip, objective, batch, check, &mut |_| Ok(()))
+}
+
+/// As [`train`], showing the objective to `watch` at every step, when its gradients are known and nothing has moved yet.
+pub(crate) fn train_watched<O: Objective>(
+    case: &Case,
+    clip: &Clip,
+    objective: &mut O,
+    batch: &Batch<'_>,
+    check: &mut Check,
+    watch: &mut dyn FnMut(&O) -> Result<()>,
 ) -> Result<()> {
     let Some(config) = &case.json.optimizer else {
         return Ok(());
@@ -59,6 +80,7 @@ pub(crate) fn train<O: Objective>(
                 }
             }
         }
+        watch(objective)?;
         optimizer.step(objective.params(), &gradients, |_| *lr)?;
     }
     check.list(case, "expect.losses", &losses, AFTER)?;
