@@ -6,6 +6,7 @@ mod clip_cases;
 mod cocoop;
 mod kgcoop;
 mod objective;
+mod plot;
 mod preprocess;
 mod prograd;
 mod text_pt;
@@ -52,6 +53,7 @@ fn runner(slug: &str, name: &str) -> Option<Runner> {
         ("kgcoop", _) => kgcoop::run,
         ("vpt", _) => vpt::run,
         ("prograd", _) => prograd::run,
+        ("plot", _) => plot::run,
         _ => return None,
     })
 }
