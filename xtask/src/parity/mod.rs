@@ -9,6 +9,7 @@ mod objective;
 mod plot;
 mod preprocess;
 mod prograd;
+mod subpt;
 mod text_pt;
 mod tokenizer;
 mod vpt;
@@ -54,6 +55,7 @@ fn runner(slug: &str, name: &str) -> Option<Runner> {
         ("vpt", _) => vpt::run,
         ("prograd", _) => prograd::run,
         ("plot", _) => plot::run,
+        ("subpt", _) => subpt::run,
         _ => return None,
     })
 }
