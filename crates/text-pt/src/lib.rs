@@ -3,7 +3,10 @@
 pub mod cocoop;
 pub mod coop;
 pub mod kgcoop;
+pub mod plot;
 pub mod proda;
+pub mod prograd;
+pub mod subpt;
 pub mod vpt;
 pub mod zeroshot;
 
@@ -12,7 +15,10 @@ use cliptune_core::method::Entry;
 pub use cocoop::{CoCoOp, CoCoOpConfig};
 pub use coop::{CoOp, CoOpConfig};
 pub use kgcoop::{KgCoOp, KgCoOpConfig};
+pub use plot::{Plot, PlotConfig};
 pub use proda::{ProDa, ProDaConfig};
+pub use prograd::{ProGrad, ProGradConfig};
+pub use subpt::{SubPt, SubPtConfig};
 pub use vpt::{Vpt, VptConfig};
 pub use zeroshot::{ZeroShot, ZeroShotConfig};
 
@@ -22,6 +28,9 @@ pub const METHODS: &[Entry] = &[
     coop::ENTRY,
     cocoop::ENTRY,
     kgcoop::ENTRY,
+    prograd::ENTRY,
+    subpt::ENTRY,
     vpt::ENTRY,
     proda::ENTRY,
+    plot::ENTRY,
 ];
