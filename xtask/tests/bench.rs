@@ -61,7 +61,7 @@ fn what_is_not_known_is_refused_before_any_work() -> TestResult {
         (["--row", "coop"], "--row coop: expected one of coop-100, "),
         (
             ["--without", "ours"],
-            "--without ours: expected one of authors, fair, candle, ours-budget",
+            "--without ours: expected one of authors, fair, candle, ours-twice",
         ),
         (["--threads", "0"], "--threads 0: expected at least one"),
     ] {

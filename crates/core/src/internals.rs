@@ -65,6 +65,7 @@ impl TextAttention {
         let sequence = |i: usize| Sequence {
             start: i * len,
             len,
+            reads: (i * len..(i + 1) * len).map(|row| row as u32).collect(),
             group: 0,
             prompt: i,
         };

@@ -118,8 +118,8 @@ impl Prompts {
 
     /// What each prompt reads, and the tables of what there is to read.
     ///
-    /// One table holds the distinct words and the learned rows, so the gradient of each learned row is the sum over the
-    /// prompts that share it.
+    /// Rows are numbered through the distinct words and the learned rows behind them, so the gradient of each learned row is the
+    /// sum over the prompts that share it.
     pub(crate) fn lay_out(&self, tower: &TextTower) -> Result<LaidOut> {
         let (width, room) = (tower.width(), tower.context_length());
         if self.rows.is_empty() {
@@ -145,7 +145,7 @@ impl Prompts {
                 words.len() - 1
             });
         }
-        let mut table = vec![tower.embed(&words)?];
+        let mut learned = Vec::with_capacity(self.learned.len());
         let mut first_row = words.len();
         let mut sources = Vec::with_capacity(self.learned.len());
         for (i, tensor) in self.learned.iter().enumerate() {
@@ -166,7 +166,7 @@ impl Prompts {
                 }
             };
             check_finite(tensor, &format!("learned context {i} of the prompts"))?;
-            table.push(tensor.reshape((contexts * rows, width))?);
+            learned.push(tensor.reshape((contexts * rows, width))?);
             sources.push((first_row, contexts, rows));
             first_row += contexts * rows;
         }
@@ -217,13 +217,9 @@ impl Prompts {
             row.truncate(end.unwrap_or(row.len()));
             laid_out.push(row);
         }
-        let table = match table.len() {
-            1 => table.remove(0),
-            _ => Tensor::cat(&table, 0)?,
-        };
         Ok(LaidOut {
-            table,
-            words: words.len(),
+            words: tower.embed(&words)?,
+            learned: one_table(&learned)?,
             prompts: laid_out,
             deep,
             deep_table,
@@ -245,11 +241,7 @@ impl Prompts {
             tables.push(tensor.reshape((blocks * rows, width))?);
             first += blocks * rows;
         }
-        let table = match tables.len() {
-            0 => None,
-            _ => Some(Tensor::cat(&tables, 0)?),
-        };
-        Ok((deep, table, slots))
+        Ok((deep, one_table(&tables)?, slots))
     }
 
     fn describe(&self, pieces: &[Piece]) -> String {
@@ -270,10 +262,10 @@ impl Prompts {
 
 /// Prompts in rows of tables.
 pub(crate) struct LaidOut {
-    /// Input embeddings without positions: frozen words, then learned rows. `(rows, width)`.
-    pub(crate) table: Tensor,
-    /// How many of them are frozen words.
-    pub(crate) words: usize,
+    /// Input embeddings of frozen words, without positions, `(words, width)`.
+    pub(crate) words: Tensor,
+    /// Learned input embeddings, `(rows, width)`, whose numbers follow those of the words.
+    pub(crate) learned: Option<Tensor>,
     /// What each prompt reads; its end is the last.
     pub(crate) prompts: Vec<Vec<Place>>,
     pub(crate) deep: Deep,
@@ -295,14 +287,25 @@ impl LaidOut {
                 places.iter().map(|p| p.row).chain(padding).take(longest)
             })
             .collect();
-        let index = Tensor::new(index, self.table.device())?;
-        let width = self.table.dim(1)?;
-        let embedded =
-            self.table
-                .index_select(&index, 0)?
-                .reshape((self.prompts.len(), longest, width))?;
+        let index = Tensor::new(index, self.words.device())?;
+        let width = self.words.dim(1)?;
+        let tables: Vec<&Tensor> = std::iter::once(&self.words).chain(&self.learned).collect();
+        let embedded = Tensor::cat(&tables, 0)?.index_select(&index, 0)?.reshape((
+            self.prompts.len(),
+            longest,
+            width,
+        ))?;
         Ok((embedded, ends))
     }
+}
+
+/// Several tables as one, if there are any.
+fn one_table(tables: &[Tensor]) -> Result<Option<Tensor>> {
+    Ok(match tables {
+        [] => None,
+        [table] => Some(table.clone()),
+        tables => Some(Tensor::cat(tables, 0)?),
+    })
 }
 
 /// Class names as the text tower's tokenizer sees them.

@@ -44,7 +44,7 @@ pub(crate) struct Args {
     /// Rounds of each row [default: 7, or 3 where a step of PyTorch takes over 30 s]
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
-    /// A contender to leave out (authors, fair, candle, ours-budget); may be repeated
+    /// A contender to leave out (authors, fair, candle, ours-twice); may be repeated
     #[arg(long, value_name = "NAME")]
     without: Vec<String>,
     /// A Python that has PyTorch [default: a virtual environment below target/bench, made once]
@@ -126,6 +126,9 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
         // Read again: another call may have written meanwhile.
         let mut all = Results::open(&results)?;
         all.add(record);
+        if let Some(growth) = table::growth(&all).filter(|_| row.grows()) {
+            out::line(&growth);
+        }
         let page = all.write(&results)?;
         out::error(&format!("{}: written to {}", row.name, page.display()));
     }

@@ -1,6 +1,6 @@
 //! This workspace's side of each row, through its public interface.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::Tensor;
 use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, Prompts, placeholder};
 use cliptune_core::tokenizer::END;
@@ -14,12 +14,19 @@ use super::names::names;
 use super::rows::Task;
 use super::worker::{Job, Work};
 
-pub(super) fn work(job: &Job, budget: Option<u64>) -> Result<Box<dyn Work>> {
-    let mut clip = Clip::load(&job.weights)?;
-    clip.set_memory_budget(budget);
+/// `twice` if the memory budget shall not let CoOp save everything.
+pub(super) fn work(job: &Job, twice: bool) -> Result<Box<dyn Work>> {
+    let clip = Clip::load(&job.weights)?;
     let inputs = inputs::read(&job.inputs)?;
     Ok(match job.task {
-        Task::Coop { classes, n_ctx, .. } => Box::new(Coop::new(clip, &inputs, classes, n_ctx)?),
+        Task::Coop { classes, n_ctx, .. } => {
+            let mut coop = Coop::new(clip, &inputs, classes, n_ctx)?;
+            if twice {
+                let all = coop.clip.text().forecast(&coop.prompts()?)?.step;
+                coop.clip.set_memory_budget(Some(all - 1));
+            }
+            Box::new(coop)
+        }
         Task::Cocoop { classes, n_ctx, .. } => {
             Box::new(Cocoop::new(clip, &inputs, classes, n_ctx)?)
         }
@@ -90,6 +97,13 @@ impl Coop {
             n_ctx,
         })
     }
+
+    fn prompts(&self) -> Result<Prompts> {
+        let ctx = self.coop.params().get("ctx").context("no context")?;
+        let words = placeholder(self.n_ctx);
+        let end = ClassTokenPosition::End;
+        Ok(self.classes.weave(ctx.tensor(), &words, end)?)
+    }
 }
 
 impl Work for Coop {
@@ -102,13 +116,7 @@ impl Work for Coop {
     }
 
     fn forecast(&self) -> Result<Option<u64>> {
-        let Some(ctx) = self.coop.params().get("ctx") else {
-            return Ok(None);
-        };
-        let words = placeholder(self.n_ctx);
-        let prompts = self
-            .classes
-            .weave(ctx.tensor(), &words, ClassTokenPosition::End)?;
+        let prompts = self.prompts()?;
         Ok(Some(self.clip.text().forecast(&prompts)?.bytes()))
     }
 }

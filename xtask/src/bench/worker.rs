@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::inputs::{self, Named};
-use super::rows::{BUDGET, Contender, Task};
+use super::rows::{Contender, Task};
 use super::{ours, plain};
 
 /// What a worker is for.
@@ -73,8 +73,8 @@ pub(super) fn main() -> Result<()> {
     let job = lines.next().context("standard input is empty")??;
     let job: Job = serde_json::from_str(&job).context("standard input holds no job")?;
     let mut work: Box<dyn Work> = match job.contender {
-        Contender::Ours => ours::work(&job, None)?,
-        Contender::OursBudget => ours::work(&job, Some(BUDGET))?,
+        Contender::Ours => ours::work(&job, false)?,
+        Contender::OursTwice => ours::work(&job, true)?,
         Contender::Candle => plain::work(&job)?,
         Contender::Authors | Contender::Fair => bail!("PyTorch's worker is a Python script"),
     };

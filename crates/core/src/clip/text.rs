@@ -187,17 +187,19 @@ impl TextTower {
     /// Through the prompt engine, in chunks of about so many rows.
     pub(crate) fn encode_in_chunks(&self, prompts: &Prompts, chunk_rows: usize) -> Result<Tensor> {
         let laid_out = prompts.lay_out(self)?;
-        let (plan, wanted) = Self::plan(&laid_out, chunk_rows);
+        let (plan, wanted) = Self::plan(&laid_out, chunk_rows)?;
         let forecast = self.forecast_of(&laid_out, &plan, wanted)?;
-        let device = laid_out.table.device();
-        let deep = match &laid_out.deep_table {
-            Some(table) => table.clone(),
-            None => Tensor::zeros((1, self.width), DType::F32, device)?,
+        let device = laid_out.words.device().clone();
+        let words = laid_out.words.flatten_all()?.to_vec1()?;
+        drop(laid_out.words);
+        let or_none = |table: Option<Tensor>| match table {
+            Some(table) => Ok(table),
+            None => Tensor::zeros((1, self.width), DType::F32, &device),
         };
-        let positions = self.positions.flatten_all()?.to_vec1()?;
         let tower = Tower {
             blocks: self.blocks.clone(),
-            positions: Arc::new(positions),
+            words,
+            positions: Arc::new(self.positions.flatten_all()?.to_vec1()?),
             plan,
             deep: laid_out.deep,
             width: self.width,
@@ -206,24 +208,25 @@ impl TextTower {
             forecast,
             tape: Tape::default(),
         };
-        let ends = tower.apply(&laid_out.table, &deep)?;
+        let ends = tower.apply(&or_none(laid_out.learned)?, &or_none(laid_out.deep_table)?)?;
         self.projection.forward(&self.ln_final.forward(&ends)?)
     }
 
     /// How the prompts are run, and which of their rows need gradients.
-    fn plan(laid_out: &LaidOut, chunk_rows: usize) -> (Plan, Wanted) {
+    fn plan(laid_out: &LaidOut, chunk_rows: usize) -> Result<(Plan, Wanted)> {
         let plan = Plan::new(&laid_out.prompts, chunk_rows);
-        let deep = laid_out.deep_table.as_ref();
-        let tracked = laid_out.table.track_op() || deep.is_some_and(Tensor::track_op);
+        let words = laid_out.words.dim(0)?;
+        let tables = [&laid_out.learned, &laid_out.deep_table];
+        let tracked = tables.into_iter().flatten().any(Tensor::track_op);
         let learned = |chunks: &[Chunk]| {
             let mut places = chunks.iter().flat_map(|c| &plan.places[c.range()]);
-            places.any(|p| p.row as usize >= laid_out.words || p.deep > 0)
+            places.any(|p| p.row as usize >= words || p.deep > 0)
         };
         let wanted = Wanted {
             beginnings: tracked && learned(&plan.beginnings),
             endings: tracked && learned(&plan.endings),
         };
-        (plan, wanted)
+        Ok((plan, wanted))
     }
 
     fn forecast_of(&self, laid_out: &LaidOut, plan: &Plan, wanted: Wanted) -> Result<Forecast> {
@@ -231,10 +234,11 @@ impl TextTower {
         engine::forecast(
             &self.blocks,
             plan,
+            laid_out.words.dim(0)?,
             &laid_out.deep,
             self.width,
             wanted,
-            laid_out.table.dim(0)?,
+            rows(&laid_out.learned)?,
             rows(&laid_out.deep_table)?,
             self.memory_budget,
         )
@@ -247,7 +251,7 @@ impl TextTower {
     /// As [`TextTower::encode`]; [`Error::Memory`] if the budget is too small whatever is recomputed.
     pub fn forecast(&self, prompts: &Prompts) -> Result<Forecast> {
         let laid_out = prompts.lay_out(self)?;
-        let (plan, wanted) = Self::plan(&laid_out, CHUNK_ROWS);
+        let (plan, wanted) = Self::plan(&laid_out, CHUNK_ROWS)?;
         self.forecast_of(&laid_out, &plan, wanted)
     }
 

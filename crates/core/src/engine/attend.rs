@@ -1,4 +1,4 @@
-//! Attention of a chunk's sequences over their group's prefix and themselves.
+//! Attention of a chunk's sequences over their group's prefix and what they read of the chunk.
 //!
 //! Queries, keys and values lie in rows of `3·width`. A query meets a few dozen keys, so its scores are scalar products of 64
 //! numbers, and what it gathers stays in registers; nothing but one row of probabilities is ever formed.
@@ -6,7 +6,7 @@
 //! Made for prefixes of 1 to 70 rows and names of 1 to 10. It does 11 to 14 GFLOP/s on a core, an eighth of the fused peak:
 //! short sums, and scores computed again on the way back. That is 4 to 5 % of a step.
 
-use super::plan::{Chunk, Sequence};
+use super::plan::Chunk;
 use crate::kernels::rows::{self, axpy, dot, softmax, vectorised};
 
 /// Width of a head, in every tower of every CLIP.
@@ -40,10 +40,11 @@ pub(crate) struct Attention<'a> {
     pub(crate) asking: &'a [u32],
 }
 
-/// A query: its sequence, its row there, and its place among those that ask.
+/// A query: its sequence's group, its row in the chunk, what it reads there, and its place among those that ask.
 struct Query<'a> {
-    sequence: &'a Sequence,
-    at: usize,
+    group: usize,
+    row: usize,
+    reads: &'a [u32],
     index: usize,
 }
 
@@ -60,13 +61,24 @@ impl Attention<'_> {
                     current = sequences.next();
                 }
                 let sequence = current?;
-                let at = row - sequence.start;
                 Some(Query {
-                    sequence,
-                    at,
+                    group: sequence.group,
+                    row,
+                    reads: sequence.read_by(row - sequence.start),
                     index,
                 })
             })
+    }
+
+    fn seen<'a>(&'a self, query: &Query<'a>, (prefix, known): (&'a [f32], usize)) -> Seen<'a> {
+        Seen {
+            prefix,
+            known,
+            own: self.qkv,
+            reads: query.reads,
+            query: query.row,
+            width: self.width,
+        }
     }
 
     /// What the asking rows gather, `(asking, width)`; `scratch` holds a row of probabilities.
@@ -75,16 +87,14 @@ impl Attention<'_> {
             #[inline(always)]
             || {
                 for query in self.queries() {
-                    let (prefix, known) = (self.prefixes.0)(query.sequence.group);
-                    let own = &self.qkv[query.sequence.start * 3 * self.width..];
-                    let p = &mut scratch[..known + query.at + 1];
+                    let seen = self.seen(&query, (self.prefixes.0)(query.group));
+                    let p = &mut scratch[..seen.keys()];
                     let out = &mut mixed[query.index * self.width..][..self.width];
                     for offset in (0..self.width).step_by(HEAD) {
-                        let seen = Seen::new(prefix, own, offset, self.width, known);
-                        seen.probabilities(query.at, p);
+                        seen.probabilities(offset, p);
                         let mut sum = [0.0f32; HEAD];
                         for (j, p) in p.iter().enumerate() {
-                            axpy(*p, seen.value(j), &mut sum);
+                            axpy(*p, seen.value(j, offset), &mut sum);
                         }
                         *head_mut(out, offset) = sum;
                     }
@@ -106,45 +116,39 @@ impl Attention<'_> {
         let width = self.width;
         let (all_p, all_d) = scratch.split_at_mut(scratch.len() / 2);
         for query in self.queries() {
-            let group = query.sequence.group;
-            let mut debt = debt(group).map(|first| &mut owing[first..]);
-            let (prefix, known) = (self.prefixes.0)(group);
-            let first = query.sequence.start * 3 * width;
-            let own = &self.qkv[first..];
-            let d_own = &mut d_qkv[first..];
-            let keys = known + query.at + 1;
-            let (p, d_p) = (&mut all_p[..keys], &mut all_d[..keys]);
+            let mut debt = debt(query.group).map(|first| &mut owing[first..]);
+            let seen = self.seen(&query, (self.prefixes.0)(query.group));
+            let (p, d_p) = (&mut all_p[..seen.keys()], &mut all_d[..seen.keys()]);
             let d_mixed = &d_mixed[query.index * width..][..width];
             vectorised(
                 #[inline(always)]
                 || {
                     for offset in (0..width).step_by(HEAD) {
-                        let seen = Seen::new(prefix, own, offset, width, known);
                         let d_out = head(d_mixed, offset);
-                        seen.probabilities(query.at, p);
+                        seen.probabilities(offset, p);
                         let mut mean = 0.0;
                         for (j, (d_p, p)) in d_p.iter_mut().zip(&*p).enumerate() {
-                            *d_p = dot(d_out, seen.value(j));
+                            *d_p = dot(d_out, seen.value(j, offset));
                             mean += p * *d_p;
                         }
-                        let q = seen.query(query.at);
+                        let q = seen.query(offset);
                         let mut d_q = [0.0f32; HEAD];
                         for (j, (d_p, p)) in d_p.iter().zip(&*p).enumerate() {
                             let d_score = SCALE * p * (*d_p - mean);
-                            axpy(d_score, seen.key(j), &mut d_q);
-                            let (d_key, d_value) = match (j.checked_sub(known), &mut debt) {
-                                (Some(j), _) => d_own[(3 * j + 1) * width..].split_at_mut(width),
+                            axpy(d_score, seen.key(j, offset), &mut d_q);
+                            let (d_key, d_value) = match (j.checked_sub(seen.known), &mut debt) {
+                                (Some(j), _) => {
+                                    let row = query.reads[j] as usize;
+                                    d_qkv[(3 * row + 1) * width..].split_at_mut(width)
+                                }
                                 (None, Some(debt)) => debt[2 * j * width..].split_at_mut(width),
                                 (None, None) => continue,
                             };
                             axpy(d_score, q, head_mut(d_key, offset));
                             axpy(*p, d_out, head_mut(d_value, offset));
                         }
-                        axpy(
-                            1.0,
-                            &d_q,
-                            head_mut(&mut d_own[query.at * 3 * width..], offset),
-                        );
+                        let d_query = &mut d_qkv[query.row * 3 * width..];
+                        axpy(1.0, &d_q, head_mut(d_query, offset));
                     }
                 },
             );
@@ -155,57 +159,51 @@ impl Attention<'_> {
 /// `1 / √64`.
 const SCALE: f32 = 0.125;
 
-/// A head's part of a prefix and of a sequence.
+/// What a query attends to: a prefix, then rows of its chunk.
 struct Seen<'a> {
     prefix: &'a [f32],
-    own: &'a [f32],
-    offset: usize,
-    width: usize,
+    /// Rows of the prefix.
     known: usize,
+    own: &'a [f32],
+    reads: &'a [u32],
+    query: usize,
+    width: usize,
 }
 
 impl<'a> Seen<'a> {
-    #[inline(always)]
-    fn new(prefix: &'a [f32], own: &'a [f32], offset: usize, width: usize, known: usize) -> Self {
-        Self {
-            prefix,
-            own,
-            offset,
-            width,
-            known,
-        }
+    fn keys(&self) -> usize {
+        self.known + self.reads.len()
     }
 
     #[inline(always)]
-    fn part(&self, j: usize, which: usize) -> &'a rows::Head {
+    fn part(&self, j: usize, which: usize, offset: usize) -> &'a rows::Head {
         let (rows, j) = match j.checked_sub(self.known) {
-            Some(j) => (self.own, j),
+            Some(j) => (self.own, self.reads[j] as usize),
             None => (self.prefix, j),
         };
-        head(rows, (3 * j + which) * self.width + self.offset)
+        head(rows, (3 * j + which) * self.width + offset)
     }
 
     #[inline(always)]
-    fn query(&self, at: usize) -> &'a rows::Head {
-        self.part(self.known + at, 0)
+    fn query(&self, offset: usize) -> &'a rows::Head {
+        head(self.own, 3 * self.query * self.width + offset)
     }
 
     #[inline(always)]
-    fn key(&self, j: usize) -> &'a rows::Head {
-        self.part(j, 1)
+    fn key(&self, j: usize, offset: usize) -> &'a rows::Head {
+        self.part(j, 1, offset)
     }
 
     #[inline(always)]
-    fn value(&self, j: usize) -> &'a rows::Head {
-        self.part(j, 2)
+    fn value(&self, j: usize, offset: usize) -> &'a rows::Head {
+        self.part(j, 2, offset)
     }
 
-    /// Over the prefix's keys and the sequence's own up to `at`.
     #[inline(always)]
-    fn probabilities(&self, at: usize, p: &mut [f32]) {
-        let q = self.query(at);
+    fn probabilities(&self, offset: usize, p: &mut [f32]) {
+        let q = self.query(offset);
         for (j, p) in p.iter_mut().enumerate() {
-            *p = SCALE * dot(q, self.key(j));
+            *p = SCALE * dot(q, self.key(j, offset));
         }
         softmax(p);
     }

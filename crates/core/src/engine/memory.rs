@@ -7,8 +7,9 @@ use crate::{Error, Result};
 pub enum Policy {
     /// Everything: forward once, backward once.
     SaveAll,
-    /// Of the chunks of suffixes nothing: each runs forward again before it goes back. About half as long again, and memory
-    /// that hardly grows with the number of prompts. Prefixes are kept, so it does grow with that of contexts.
+    /// Of prefixes keys and values, of suffixes nothing: each chunk runs forward again before it goes back. About half as
+    /// long again. Of the memory only features and their gradients grow with the number of prompts; prefixes do with that of
+    /// contexts.
     TwoPasses,
 }
 
@@ -34,28 +35,31 @@ impl Forecast {
     }
 }
 
-/// Floats of the parts of a pass.
+/// Floats of a pass.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Parts {
-    /// Kept of prefixes.
-    pub(crate) beginnings: usize,
-    /// Kept of suffixes, if all is saved.
-    pub(crate) endings: usize,
-    /// What one chunk is worked in, if all is saved.
-    pub(crate) work: usize,
-    /// As `work`, with what the chunk keeps between its two passes.
-    pub(crate) work_twice: usize,
-    /// What a pass takes whatever the policy: tables, features, gradients.
+    pub(crate) save_all: Part,
+    pub(crate) two_passes: Part,
+    /// What it takes whatever the policy: tables, features, gradients.
     pub(crate) fixed: usize,
+}
+
+/// Floats that depend on the policy.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Part {
+    /// Kept until the way back.
+    pub(crate) kept: usize,
+    /// For each chunk that is worked on at a time.
+    pub(crate) each: usize,
 }
 
 impl Parts {
     fn bytes(&self, policy: Policy, at_a_time: usize) -> u64 {
-        let floats = match policy {
-            Policy::SaveAll => self.endings + at_a_time * self.work,
-            Policy::TwoPasses => at_a_time * self.work_twice,
+        let part = match policy {
+            Policy::SaveAll => self.save_all,
+            Policy::TwoPasses => self.two_passes,
         };
-        4 * (self.fixed + self.beginnings + floats) as u64
+        4 * (self.fixed + part.kept + at_a_time * part.each) as u64
     }
 
     /// The fastest way that fits into `budget` bytes, and what it takes.
@@ -90,13 +94,17 @@ mod tests {
     #[test]
     fn the_fastest_way_that_fits_is_taken() {
         let parts = Parts {
-            beginnings: 10,
-            endings: 1000,
-            work: 20,
-            work_twice: 100,
+            save_all: Part {
+                kept: 1000,
+                each: 20,
+            },
+            two_passes: Part {
+                kept: 10,
+                each: 100,
+            },
             fixed: 5,
         };
-        let all = 4 * (5 + 10 + 1000 + 4 * 20);
+        let all = 4 * (5 + 1000 + 4 * 20);
         assert_eq!(parts.choose(None, 4).unwrap(), (Policy::SaveAll, 4, all));
         assert_eq!(parts.choose(Some(all), 4).unwrap().0, Policy::SaveAll);
         let two = |n: u64| 4 * (15 + 100 * n);

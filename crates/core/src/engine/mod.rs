@@ -5,6 +5,7 @@
 
 pub(crate) mod attend;
 pub(crate) mod buffers;
+mod chunk;
 pub(crate) mod memory;
 mod order;
 pub(crate) mod plan;
@@ -20,15 +21,16 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
 use self::buffers::Buffers;
 use self::memory::{Forecast, Policy};
 use self::plan::Plan;
-use self::run::{Deep, Inputs, Runner, Wanted};
+use self::run::{Deep, Gradients, Inputs, Runner, Wanted};
 use crate::Result;
 use crate::clip::{Block, FrozenBlock};
 use crate::ops::{from_values, values, with_values};
 
-/// The text tower's blocks under a plan, as one operation: tables of input rows and of deep rows in, the prompts' last rows
-/// out.
+/// The text tower's blocks under a plan, as one operation: learned rows and deep rows in, the prompts' last rows out.
 pub(crate) struct Tower {
     pub(crate) blocks: Arc<Vec<Block>>,
+    /// Embeddings of the frozen words, `(words, width)`.
+    pub(crate) words: Vec<f32>,
     /// `(context, width)`.
     pub(crate) positions: Arc<Vec<f32>>,
     pub(crate) plan: Plan,
@@ -68,11 +70,12 @@ fn frozen(blocks: &[Block]) -> candle_core::Result<Vec<FrozenBlock<'_>>> {
 pub(crate) fn forecast(
     blocks: &[Block],
     plan: &Plan,
+    words: usize,
     deep: &Deep,
     width: usize,
     wanted: Wanted,
-    table: usize,
-    deep_table: usize,
+    learned_rows: usize,
+    deep_rows: usize,
     budget: Option<u64>,
 ) -> Result<Forecast> {
     let blocks = frozen(blocks)?;
@@ -80,6 +83,7 @@ pub(crate) fn forecast(
     let runner = Runner {
         blocks: &blocks,
         plan,
+        words,
         deep,
         width,
         wanted,
@@ -90,7 +94,9 @@ pub(crate) fn forecast(
     // No more chunks can be worked on than there are.
     let chunks = plan.beginnings.len().max(plan.endings.len()).max(1);
     let threads = rayon::current_num_threads().min(chunks);
-    let (policy, at_a_time, step) = runner.parts(table, deep_table).choose(budget, threads)?;
+    let (policy, at_a_time, step) = runner
+        .parts(learned_rows, deep_rows)
+        .choose(budget, threads)?;
     let weights = match wanted.any() {
         true => blocks.iter().map(FrozenBlock::bytes_to_come).sum::<usize>(),
         false => 0,
@@ -105,12 +111,12 @@ pub(crate) fn forecast(
 }
 
 impl Tower {
-    /// `table (rows, width)`, without positions, and `deep (deep rows, width)` → `(prompts, width)`.
-    pub(crate) fn apply(self, table: &Tensor, deep: &Tensor) -> Result<Tensor> {
-        let (table, deep) = (table.contiguous()?, deep.contiguous()?);
+    /// `learned (rows, width)`, without positions, and `deep (deep rows, width)` → `(prompts, width)`.
+    pub(crate) fn apply(self, learned: &Tensor, deep: &Tensor) -> Result<Tensor> {
+        let (learned, deep) = (learned.contiguous()?, deep.contiguous()?);
         Ok(match self.wanted.any() {
-            true => table.apply_op2(&deep, self)?,
-            false => table.apply_op2_no_bwd(&deep, &ForwardOnly(self))?,
+            true => learned.apply_op2(&deep, self)?,
+            false => learned.apply_op2_no_bwd(&deep, &ForwardOnly(self))?,
         })
     }
 
@@ -120,6 +126,7 @@ impl Tower {
         Ok(f(Runner {
             blocks: &blocks,
             plan: &self.plan,
+            words: self.words.len() / self.width,
             deep: &self.deep,
             width: self.width,
             wanted: self.wanted,
@@ -129,9 +136,10 @@ impl Tower {
         }))
     }
 
-    fn inputs<'a>(&'a self, table: &'a [f32], deep: &'a [f32]) -> Inputs<'a> {
+    fn inputs<'a>(&'a self, learned: &'a [f32], deep: &'a [f32]) -> Inputs<'a> {
         Inputs {
-            table,
+            words: &self.words,
+            learned,
             positions: &self.positions,
             deep,
         }
@@ -139,11 +147,11 @@ impl Tower {
 
     fn forward(
         &self,
-        (table, table_layout): (&CpuStorage, &Layout),
+        (learned, learned_layout): (&CpuStorage, &Layout),
         (deep, deep_layout): (&CpuStorage, &Layout),
         keep: bool,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let inputs = self.inputs(values(table, table_layout)?, values(deep, deep_layout)?);
+        let inputs = self.inputs(values(learned, learned_layout)?, values(deep, deep_layout)?);
         self.buffers.begin(keep);
         let done = self.run(|runner| runner.forward(inputs, keep))?;
         match keep {
@@ -167,17 +175,17 @@ impl CustomOp2 for Tower {
 
     fn cpu_fwd(
         &self,
-        table: &CpuStorage,
-        table_layout: &Layout,
+        learned: &CpuStorage,
+        learned_layout: &Layout,
         deep: &CpuStorage,
         deep_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.forward((table, table_layout), (deep, deep_layout), true)
+        self.forward((learned, learned_layout), (deep, deep_layout), true)
     }
 
     fn bwd(
         &self,
-        table: &Tensor,
+        learned: &Tensor,
         deep: &Tensor,
         _: &Tensor,
         d_ends: &Tensor,
@@ -189,20 +197,22 @@ impl CustomOp2 for Tower {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
-        let mut d_table = vec![0.0; table.elem_count()];
+        let mut d_learned = vec![0.0; learned.elem_count()];
         let mut d_deep = vec![0.0; deep.elem_count()];
         with_values(d_ends, |d_ends| {
-            with_values(table, |table_values| {
+            with_values(learned, |learned_values| {
                 with_values(deep, |deep_values| {
-                    let inputs = self.inputs(table_values, deep_values);
-                    self.run(|runner| {
-                        runner.backward(inputs, &tape, d_ends, &mut d_table, &mut d_deep);
-                    })
+                    let inputs = self.inputs(learned_values, deep_values);
+                    let gradients = Gradients {
+                        learned: &mut d_learned,
+                        deep: &mut d_deep,
+                    };
+                    self.run(|runner| runner.backward(inputs, &tape, d_ends, gradients))
                 })
             })
         })????;
         Ok((
-            Some(from_values(d_table, table)?),
+            Some(from_values(d_learned, learned)?),
             Some(from_values(d_deep, deep)?),
         ))
     }
@@ -218,12 +228,12 @@ impl CustomOp2 for ForwardOnly {
 
     fn cpu_fwd(
         &self,
-        table: &CpuStorage,
-        table_layout: &Layout,
+        learned: &CpuStorage,
+        learned_layout: &Layout,
         deep: &CpuStorage,
         deep_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         self.0
-            .forward((table, table_layout), (deep, deep_layout), false)
+            .forward((learned, learned_layout), (deep, deep_layout), false)
     }
 }

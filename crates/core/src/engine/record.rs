@@ -1,6 +1,7 @@
 //! What a pass over a chunk writes down, and where: block by block in one buffer.
 
 use super::buffers::Cut;
+use super::plan::{Chunk, Plan};
 
 /// What stays of a pass over a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,14 +20,27 @@ pub(super) enum Kind {
     Ending,
 }
 
-/// Where a chunk's parts of every block lie, from its first float on.
+/// A chunk's part of the record at one block.
+#[derive(Debug)]
+pub(super) struct At {
+    /// Its first float, from the chunk's on.
+    pub(super) first: usize,
+    /// The rows that ask: those whose output somebody reads.
+    pub(super) asking: Vec<u32>,
+}
+
+/// What is written down of a chunk, block by block.
 #[derive(Debug)]
 pub(super) struct Layout {
     pub(super) keep: Keep,
+    pub(super) kind: Kind,
     pub(super) rows: usize,
-    /// By block: where its part begins, and how many rows ask there.
-    pub(super) blocks: Vec<(usize, usize)>,
+    pub(super) blocks: Vec<At>,
     pub(super) floats: usize,
+    /// The chunk's first float among those of its kind.
+    pub(super) first: usize,
+    /// The rows of the chunk that are learned.
+    pub(super) learned: Vec<u32>,
 }
 
 /// Of a chunk at one block: input `(rows, width)`, queries, keys and values `(rows, 3·width)`, and of the rows that ask
@@ -48,26 +62,56 @@ pub(super) struct Making<'a> {
 }
 
 impl Layout {
+    /// Of a chunk whose rows ask as `asking` says, block by block.
+    pub(super) fn new(
+        chunk: &Chunk,
+        kind: Kind,
+        keep: Keep,
+        width: usize,
+        asking: impl Iterator<Item = Vec<u32>>,
+        learned: Vec<u32>,
+    ) -> Self {
+        let mut floats = 0;
+        let blocks = asking.map(|asking| {
+            let first = floats;
+            floats += match keep {
+                Keep::Everything => (4 * chunk.rows + 5 * asking.len()) * width,
+                Keep::Keys => 3 * chunk.rows * width,
+                Keep::Nothing => 0,
+            };
+            At { first, asking }
+        });
+        Self {
+            keep,
+            kind,
+            rows: chunk.rows,
+            blocks: blocks.collect(),
+            floats,
+            first: 0,
+            learned,
+        }
+    }
+
     pub(super) fn kept<'a>(&self, record: &'a [f32], block: usize, width: usize) -> Kept<'a> {
-        let (first, asking) = self.blocks[block];
-        let (x, rest) = record[first..].split_at(self.rows * width);
+        let At { first, asking } = &self.blocks[block];
+        let (x, rest) = record[*first..].split_at(self.rows * width);
         let (qkv, rest) = rest.split_at(3 * self.rows * width);
-        let (middle, rest) = rest.split_at(asking * width);
+        let (middle, rest) = rest.split_at(asking.len() * width);
         Kept {
             x,
             qkv,
             middle,
-            hidden: &rest[..4 * asking * width],
+            hidden: &rest[..4 * asking.len() * width],
         }
     }
 
     /// Where the queries, keys and values of a block begin.
-    pub(super) fn qkv(&self, block: usize, width: usize) -> usize {
+    fn qkv(&self, block: usize, width: usize) -> usize {
         let before = match self.keep {
             Keep::Everything => self.rows * width,
             _ => 0,
         };
-        self.blocks[block].0 + before
+        self.blocks[block].first + before
     }
 
     /// Floats beside the record that a pass forward writes what is not kept to.
@@ -86,10 +130,10 @@ impl Layout {
         block: usize,
         width: usize,
     ) -> Making<'a> {
-        let (first, asking) = self.blocks[block];
-        let (rows, asking) = (self.rows * width, asking * width);
+        let At { first, asking } = &self.blocks[block];
+        let (rows, asking) = (self.rows * width, asking.len() * width);
         if self.keep == Keep::Everything {
-            let mut cut = Cut::new(&mut record[first..]);
+            let mut cut = Cut::new(&mut record[*first..]);
             return Making {
                 x: cut.take(rows),
                 qkv: cut.take(3 * rows),
@@ -110,7 +154,7 @@ impl Layout {
         };
         let (middle, hidden) = (cut.take(asking), cut.take(4 * asking));
         let qkv = match self.keep {
-            Keep::Keys => &mut record[first..][..3 * rows],
+            Keep::Keys => &mut record[*first..][..3 * rows],
             _ => cut.take(3 * rows),
         };
         Making {
@@ -120,5 +164,83 @@ impl Layout {
             hidden,
             next,
         }
+    }
+}
+
+/// What a pass keeps of a whole plan, first of its prefixes and then of its suffixes, and what it is worked in.
+pub(super) struct Records {
+    pub(super) beginnings: Vec<Layout>,
+    pub(super) endings: Vec<Layout>,
+    /// Floats that one chunk is worked in, whichever it is.
+    pub(super) room: usize,
+    /// Floats of what the way back of one chunk gives, whichever it is.
+    pub(super) results: usize,
+    /// By group: chunk of its prefix and first row there.
+    homes: Vec<Option<(usize, usize)>>,
+}
+
+impl Records {
+    pub(super) fn new(plan: &Plan, mut beginnings: Vec<Layout>, mut endings: Vec<Layout>) -> Self {
+        for layouts in [&mut beginnings, &mut endings] {
+            let mut at = 0;
+            for layout in layouts {
+                layout.first = at;
+                at += layout.floats;
+            }
+        }
+        let mut homes = vec![None; plan.prefixes.len()];
+        for (i, chunk) in plan.beginnings.iter().enumerate() {
+            for s in &chunk.sequences {
+                homes[s.group] = Some((i, s.start));
+            }
+        }
+        Self {
+            beginnings,
+            endings,
+            room: 0,
+            results: 0,
+            homes,
+        }
+    }
+
+    /// Floats of the prefixes.
+    pub(super) fn endings_from(&self) -> usize {
+        self.beginnings.iter().map(|l| l.floats).sum()
+    }
+
+    /// All floats.
+    pub(super) fn floats(&self) -> usize {
+        self.endings_from() + self.endings.iter().map(|l| l.floats).sum::<usize>()
+    }
+}
+
+/// The prefixes, run, as suffixes see them.
+#[derive(Clone, Copy)]
+pub(super) struct Before<'a> {
+    pub(super) plan: &'a Plan,
+    pub(super) records: &'a Records,
+    pub(super) record: &'a [f32],
+}
+
+impl<'a> Before<'a> {
+    /// Queries, keys and values of a group's prefix at a block, from its first row on, and how many rows it has.
+    pub(super) fn prefix(self, group: usize, block: usize, width: usize) -> (&'a [f32], usize) {
+        let Some((chunk, start)) = self.records.homes[group] else {
+            return (&[], 0);
+        };
+        let layout = &self.records.beginnings[chunk];
+        let first = layout.first + layout.qkv(block, width) + start * 3 * width;
+        (&self.record[first..], self.plan.prefixes[group])
+    }
+
+    /// Where the debts to a group's prefix at a block begin, in rows of `2·width`: those to a chunk of prefixes lie one after
+    /// the other, each block by block.
+    pub(super) fn debt(self, group: usize, block: usize) -> usize {
+        let Some((chunk, start)) = self.records.homes[group] else {
+            return 0;
+        };
+        let blocks = self.records.beginnings[chunk].blocks.len();
+        let chunk = &self.plan.beginnings[chunk];
+        chunk.first * blocks + chunk.rows * block + start
     }
 }
