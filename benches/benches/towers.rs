@@ -7,7 +7,7 @@ use std::time::Duration;
 use cliptune_benches::{classes, normal, rn50, vit_b16};
 use cliptune_core::prompt::ClassTokens;
 use cliptune_core::train::{Batch, Objective, Step, gradients};
-use cliptune_core::{ImageBatch, optim};
+use cliptune_core::{ImageBatch, Learned, optim};
 use cliptune_text_pt::{CoCoOp, CoCoOpConfig, CoOp, CoOpConfig};
 use criterion::{Criterion, criterion_group, criterion_main};
 
@@ -34,7 +34,7 @@ fn coop_step(c: &mut Criterion) {
     let clip = vit_b16().unwrap();
     for n_cls in [10, 40, 100] {
         let classes = classes(n_cls).unwrap();
-        let mut coop = CoOp::new(&CoOpConfig::default(), &clip, &classes, 1).unwrap();
+        let mut coop = Learned::<CoOp>::new(&CoOpConfig::default(), &clip, &classes, 1).unwrap();
         let tokens = ClassTokens::new(clip.text(), &classes).unwrap();
         let images = ImageBatch::of_features(normal(&[32, 512]).unwrap());
         let labels: Vec<u32> = (0..32).map(|i| i % n_cls as u32).collect();
@@ -68,7 +68,7 @@ fn cocoop_step(c: &mut Criterion) {
     let clip = vit_b16().unwrap();
     let classes = classes(50).unwrap();
     let config = CoCoOpConfig::default();
-    let mut cocoop = CoCoOp::new(&config, &clip, &classes, 1).unwrap();
+    let mut cocoop = Learned::<CoCoOp>::new(&config, &clip, &classes, 1).unwrap();
     let tokens = ClassTokens::new(clip.text(), &classes).unwrap();
     let images = ImageBatch::of_features(normal(&[4, 512]).unwrap());
     let batch = Batch {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use cliptune::checkpoint::random;
+use cliptune::checkpoint::{TorchState, random};
 use cliptune::method::{Entry, Predictor, Task};
 use cliptune::prompt_file::PromptFile;
 use cliptune::rng::Rng;
@@ -148,6 +148,68 @@ fn a_saved_predictor_predicts_the_same_after_loading() -> Result<()> {
         );
         assert_eq!(before, after, "{slug}");
         assert!(before.iter().flatten().all(|x| x.is_finite()), "{slug}");
+    }
+    Ok(())
+}
+
+#[test]
+fn other_class_names_are_served() -> Result<()> {
+    let (clip, data) = (clip()?, data()?);
+    for entry in registry::methods() {
+        let fitted = fit(&entry, &clip, &data, 1)?;
+        let other = Labelled {
+            classes: Classes::new(vec!["water_lily".into(), "peony".into()])?,
+            ..data.clone()
+        };
+        let logits = logits(fitted.as_ref(), &clip, &other)?;
+        assert!(
+            logits
+                .iter()
+                .all(|row| row.len() == 2 && row.iter().all(|x| x.is_finite())),
+            "{}",
+            entry.slug
+        );
+        let long = Classes::new(vec!["word ".repeat(80)])?;
+        let refused = fitted.classifier(&clip, &long).err().unwrap().to_string();
+        assert!(refused.contains("takes 77"), "{}: {refused}", entry.slug);
+    }
+    Ok(())
+}
+
+#[test]
+fn checkpoints_of_the_authors_code_are_read_by_their_keys() -> Result<()> {
+    let (clip, data) = (clip()?, data()?);
+    for entry in registry::methods() {
+        let Some(import) = entry.import else {
+            continue;
+        };
+        let fitted = fit(&entry, &clip, &data, 1)?;
+        let own = fitted.tensors()?;
+        let import = |tensors: Vec<(String, Tensor)>| {
+            let state = TorchState {
+                tensors: tensors.into_iter().collect(),
+                epoch: None,
+            };
+            import(&state, &json!({}), &clip, &data.classes)
+        };
+        let width = clip.text().width();
+        let buffer = Tensor::zeros((3, 1, width), candle_core::DType::F32, &Device::Cpu)?;
+        let mut saved = own.clone();
+        saved.push(("token_prefix".into(), buffer));
+        let imported = import(saved)?;
+        let values = |tensors: Vec<(String, Tensor)>| -> Result<Vec<(String, Vec<f32>)>> {
+            let values = tensors.into_iter();
+            let values = values.map(|(name, t)| Ok((name, t.flatten_all()?.to_vec1()?)));
+            values.collect()
+        };
+        let found = values(imported.predictor.tensors()?)?;
+        assert_eq!(found, values(own.clone())?, "{}", entry.slug);
+        for (missing, (name, _)) in own.iter().enumerate() {
+            let mut rest = own.clone();
+            rest.remove(missing);
+            let refused = import(rest).err().unwrap().to_string();
+            assert!(refused.contains(name.as_str()), "{}: {refused}", entry.slug);
+        }
     }
     Ok(())
 }

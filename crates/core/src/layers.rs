@@ -38,6 +38,74 @@ impl Affine {
     }
 }
 
+/// What stands between the maps of a [`Mlp`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Nonlinearity {
+    /// `x` where it is positive, else 0.
+    Relu,
+    /// `x` where it is positive, else `exp(x) − 1`.
+    Elu,
+}
+
+impl Nonlinearity {
+    fn apply(self, x: &Tensor) -> Result<Tensor> {
+        let positive = x.relu()?;
+        match self {
+            Self::Relu => Ok(positive),
+            Self::Elu => {
+                // The exponential never sees a positive number, so it cannot overflow.
+                let negative = x.neg()?.relu()?.neg()?;
+                Ok((positive + negative.exp()?.affine(1.0, -1.0)?)?)
+            }
+        }
+    }
+}
+
+/// Learned affine maps with a nonlinearity between them, none behind the last.
+#[derive(Clone, Debug)]
+pub struct Mlp {
+    layers: Vec<Affine>,
+    between: Nonlinearity,
+}
+
+impl Mlp {
+    /// Maps from `inputs` numbers; each of `layers` has a key and a width.
+    ///
+    /// # Errors
+    /// As [`Affine::new`].
+    pub fn new<S: AsRef<str>>(
+        params: &mut Params,
+        mut inputs: usize,
+        layers: &[(S, usize)],
+        between: Nonlinearity,
+    ) -> Result<Self> {
+        let mut maps = Vec::with_capacity(layers.len());
+        for (name, width) in layers {
+            maps.push(Affine::new(params, name.as_ref(), (*width, inputs))?);
+            inputs = *width;
+        }
+        Ok(Self {
+            layers: maps,
+            between,
+        })
+    }
+
+    /// `(.., inputs)` → `(.., width of the last layer)`.
+    ///
+    /// # Errors
+    /// As [`Affine::forward`].
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut x = x.clone();
+        for (i, layer) in self.layers.iter().enumerate() {
+            if i > 0 {
+                x = self.between.apply(&x)?;
+            }
+            x = layer.forward(&x)?;
+        }
+        Ok(x)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -62,6 +130,34 @@ mod tests {
         assert!(error.to_scalar::<f32>()? < 1e-4);
         assert!(map.forward(&x.reshape((4, 8))?).is_err());
         assert!(Affine::new(&mut params, "empty", (0, 16)).is_err());
+        Ok(())
+    }
+    #[test]
+    fn nonlinearities_stand_between_the_maps_alone() -> Result<()> {
+        let x = Tensor::new(&[[-200.0f32, -1.0, 0.0, 2.0, 200.0]], &Device::Cpu)?;
+        for (between, expected) in [
+            (Nonlinearity::Relu, [0.0, 0.0, 0.0, 2.0, 200.0]),
+            (
+                Nonlinearity::Elu,
+                [-1.0, (-1f32).exp() - 1.0, 0.0, 2.0, 200.0],
+            ),
+        ] {
+            let found = between.apply(&x)?.flatten_all()?.to_vec1::<f32>()?;
+            assert!(
+                found
+                    .iter()
+                    .zip(expected)
+                    .all(|(a, b)| (a - b).abs() < 1e-6)
+            );
+            let mut params = Params::new(3);
+            let mlp = Mlp::new(&mut params, 5, &[("first", 4), ("second", 3)], between)?;
+            let names: Vec<_> = params.iter().map(Param::name).collect();
+            let expected = ["first.weight", "first.bias", "second.weight", "second.bias"];
+            assert_eq!(names, expected);
+            let by_hand = between.apply(&mlp.layers[0].forward(&x)?)?;
+            let by_hand = mlp.layers[1].forward(&by_hand)?.to_vec2::<f32>()?;
+            assert_eq!(mlp.forward(&x)?.to_vec2::<f32>()?, by_hand);
+        }
         Ok(())
     }
 }

@@ -12,6 +12,7 @@ pub mod files;
 pub mod internals;
 mod kernels;
 pub mod layers;
+pub mod learned;
 pub mod method;
 pub mod ops;
 pub mod optim;
@@ -33,6 +34,7 @@ pub use arch::{Activation, Arch, CONTEXT_LENGTH, HEAD_WIDTH, Preprocess, VOCAB_S
 pub use checkpoint::Checkpoint;
 pub use clip::{Clip, Storage};
 pub use error::{Error, Result};
+pub use learned::Learned;
 pub use params::{Gradients, Param, Params};
 pub use run::Run;
 pub use task::{Classes, ImageBatch, ImageNeeds, ImageSource, Labelled, Split, View};

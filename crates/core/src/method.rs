@@ -11,6 +11,50 @@ use crate::task::{ImageBatch, ImageNeeds, Labelled};
 use crate::train::History;
 use crate::{Classes, Clip, Error, Result, Run};
 
+/// Settings of a method, the defaults being the paper's: what a user writes as TOML or JSON.
+pub trait Settings: Default + Serialize + DeserializeOwned {
+    /// The method's [`Entry::slug`], for messages.
+    const SLUG: &'static str;
+
+    /// Refuses settings that cannot be used or contradict each other.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the key.
+    fn check(&self) -> Result<()>;
+
+    /// Settings from a value whose missing keys take their defaults.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the key.
+    fn read(settings: &Value) -> Result<Self> {
+        let config: Self = read_config(Self::SLUG, settings)?;
+        config.check()?;
+        Ok(config)
+    }
+}
+
+/// Refuses a setting that is not a finite number of at least 0: a weight of a loss.
+///
+/// # Errors
+/// [`Error::Config`].
+pub fn check_weight(key: &str, value: f64) -> Result<()> {
+    match value.is_finite() && value >= 0.0 {
+        true => Ok(()),
+        false => Err(Error::config(key, value, "a finite number of at least 0")),
+    }
+}
+
+/// Refuses a setting that is not a finite number above 0: a rate, a temperature.
+///
+/// # Errors
+/// [`Error::Config`].
+pub fn check_positive(key: &str, value: f64) -> Result<()> {
+    match value.is_finite() && value > 0.0 {
+        true => Ok(()),
+        false => Err(Error::config(key, value, "a finite number above 0")),
+    }
+}
+
 /// A transfer method: its settings, the defaults being the paper's.
 pub trait Method {
     /// What it learns from: [`Labelled`], later others.
@@ -127,7 +171,7 @@ where
     M::Fitted: 'static,
 {
     fn config(&self) -> Value {
-        serde_json::to_value(self).unwrap_or(Value::Null)
+        value_of(self)
     }
 
     fn fit(&self, clip: &Clip, data: Task<'_>, run: &mut Run) -> Result<Box<dyn Predictor>> {
@@ -235,9 +279,24 @@ pub fn lay_over(base: &mut Value, over: &Value) {
     }
 }
 
-/// Default settings as a value.
+/// Settings as a value.
+pub fn value_of<C: Serialize>(config: &C) -> Value {
+    serde_json::to_value(config).unwrap_or(Value::Null)
+}
+
+/// Default settings as a value: [`Entry::defaults`].
 pub fn defaults_of<C: Default + Serialize>() -> Value {
-    serde_json::to_value(C::default()).unwrap_or(Value::Null)
+    value_of(&C::default())
+}
+
+/// Settings that are read and checked, as a method: [`Entry::configure`].
+///
+/// # Errors
+/// As [`Settings::read`].
+pub fn configure<C: Settings + AnyMethod + 'static>(
+    settings: &Value,
+) -> Result<Box<dyn AnyMethod>> {
+    Ok(Box::new(C::read(settings)?))
 }
 
 /// What is known of the weights a prompt was trained on.

@@ -59,6 +59,11 @@ impl Params {
         }
     }
 
+    /// The seed that what is drawn depends on.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
     /// A parameter drawn from N(0, std²).
     ///
     /// # Errors

@@ -43,6 +43,17 @@ pub enum ClassTokenPosition {
     End,
 }
 
+impl std::fmt::Display for ClassTokenPosition {
+    /// As in settings.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Front => "front",
+            Self::Middle => "middle",
+            Self::End => "end",
+        })
+    }
+}
+
 /// A set of prompts to encode together.
 #[derive(Clone, Debug, Default)]
 pub struct Prompts {

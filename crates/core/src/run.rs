@@ -59,6 +59,20 @@ pub struct CheckpointPlan {
     pub every: Duration,
 }
 
+impl CheckpointPlan {
+    /// The plan of a training before the one that counts: as often, in a file of its own beside this one's.
+    #[must_use]
+    pub fn before(&self, name: &str) -> Self {
+        let mut path = self.path.clone().into_os_string();
+        path.push(".");
+        path.push(name);
+        Self {
+            path: path.into(),
+            every: self.every,
+        }
+    }
+}
+
 /// What a run carries besides its settings.
 pub struct Run {
     /// Determines initial values, the order of images and their crops.

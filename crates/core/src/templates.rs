@@ -87,6 +87,26 @@ pub fn type_first(name: &str) -> Result<&'static str> {
     })
 }
 
+/// The sentence that settings name: one of their own, or what `of_dataset` finds for a data set; `None` if they name neither.
+///
+/// # Errors
+/// [`Error::Config`] for both at once, and as `of_dataset`.
+pub fn chosen<'a>(
+    template: Option<&'a str>,
+    dataset: Option<&'a str>,
+    of_dataset: impl Fn(&'a str) -> Result<&'static str>,
+) -> Result<Option<&'a str>> {
+    match (template, dataset) {
+        (Some(template), Some(dataset)) => {
+            let expected = format!("either a template or a data set, not `{dataset}` as well");
+            Err(Error::config("template", template, expected))
+        }
+        (Some(template), None) => Ok(Some(template)),
+        (None, Some(dataset)) => of_dataset(dataset).map(|sentence| Some(sentence)),
+        (None, None) => Ok(None),
+    }
+}
+
 /// Whether a data set is ImageNet itself (its variants are not).
 pub fn is_imagenet(name: &str) -> bool {
     matches!(name, "imagenet" | "ImageNet")

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use self::state::{Saved, identity};
-use crate::method::Predictor;
+use crate::learned::Learned;
+use crate::method::{Classifier, Predictor, check_positive};
 use crate::optim::{Optimizer, OptimizerConfig};
 use crate::params::{Gradients, Params, check_finite};
 use crate::prompt::ClassTokens;
@@ -112,13 +113,7 @@ impl Recipe {
         if self.batch_size == 0 {
             return Err(Error::config("train.batch_size", 0, "at least one image"));
         }
-        if !(self.lr.is_finite() && self.lr > 0.0) {
-            return Err(Error::config(
-                "train.lr",
-                self.lr,
-                "a finite number above 0",
-            ));
-        }
+        check_positive("train.lr", self.lr)?;
         if self.views > 0 && self.augment == Augment::None {
             return Err(Error::config(
                 "train.views",
@@ -189,6 +184,23 @@ impl Loss {
         })
     }
 
+    /// Names the only term so far.
+    #[must_use]
+    pub fn named(mut self, name: &'static str) -> Self {
+        self.terms = vec![(name, self.total.clone())];
+        self
+    }
+
+    /// Adds `weight · term` to what is minimised.
+    ///
+    /// # Errors
+    /// Whatever the tensor library refuses.
+    pub fn plus(mut self, weight: f64, name: &'static str, term: Tensor) -> Result<Self> {
+        self.total = (self.total + (&term * weight)?)?;
+        self.terms.push((name, term));
+        Ok(self)
+    }
+
     /// The term called `name`.
     pub fn term(&self, name: &str) -> Option<&Tensor> {
         let found = self.terms.iter().find(|(term, _)| *term == name);
@@ -196,10 +208,22 @@ impl Loss {
     }
 }
 
-/// What a method that learns by gradient adds to being a [`Predictor`].
-pub trait Objective: Predictor {
-    /// Everything that is learned.
-    fn params(&self) -> &Params;
+/// What a method that learns by gradient computes; its parameters are beside it, in [`Learned`].
+pub trait Objective: std::fmt::Debug {
+    /// What it reads of an image.
+    fn needs(&self) -> ImageNeeds {
+        ImageNeeds::GlobalFeatures
+    }
+
+    /// As [`Predictor::classifier`].
+    ///
+    /// # Errors
+    /// As [`Predictor::classifier`].
+    fn classifier<'a>(
+        &'a self,
+        clip: &'a Clip,
+        classes: &Classes,
+    ) -> Result<Box<dyn Classifier + 'a>>;
 
     /// The loss of a batch.
     ///
@@ -214,9 +238,9 @@ pub trait Objective: Predictor {
     /// Whatever the computation refuses.
     fn shape_gradients(
         &mut self,
+        _params: &Params,
         _loss: &Loss,
         _gradients: &mut Gradients,
-        _step: Step,
     ) -> Result<()> {
         Ok(())
     }
@@ -271,8 +295,8 @@ pub struct History {
 ///
 /// # Errors
 /// As [`Objective::loss`]; a loss, term or gradient that is not finite is [`Error::Diverged`].
-pub fn gradients<O: Objective + ?Sized>(
-    objective: &mut O,
+pub fn gradients<O: Objective>(
+    learned: &mut Learned<O>,
     clip: &Clip,
     batch: &Batch<'_>,
     step: Step,
@@ -283,6 +307,7 @@ pub fn gradients<O: Objective + ?Sized>(
         epoch: step.epoch + 1,
         step: step.index + 1,
     };
+    let (objective, params) = learned.parts();
     let loss = objective.loss(clip, batch, step).map_err(|e| match e {
         // A context that has run away shows first in what is computed from it.
         Error::NotFinite { what, value } => diverged(&what, value),
@@ -298,8 +323,8 @@ pub fn gradients<O: Objective + ?Sized>(
     if !value.is_finite() {
         return Err(diverged("loss", value));
     }
-    let mut gradients = Gradients::of(&loss.total, objective.params())?;
-    objective.shape_gradients(&loss, &mut gradients, step)?;
+    let mut gradients = Gradients::of(&loss.total, params)?;
+    objective.shape_gradients(params, &loss, &mut gradients)?;
     for (name, gradient) in gradients.iter() {
         if let Some(Err(Error::NotFinite { value, .. })) = gradient.map(|g| check_finite(g, name)) {
             return Err(diverged(&format!("gradient of `{name}`"), value));
@@ -364,7 +389,8 @@ impl Tally {
     }
 }
 
-/// Trains `objective` and leaves it with the parameters that [`Recipe::keep`] names.
+/// Trains `learned` and leaves it with the parameters that [`Recipe::keep`] names and with
+/// the record of the training.
 ///
 /// `settings` are the method's, for recognising a checkpoint of the same run. With [`Run::checkpoint`] the run writes down
 /// how far it is; called again after a crash it goes on from there and ends with the same bits.
@@ -372,13 +398,13 @@ impl Tally {
 /// # Errors
 /// [`Error::Diverged`], [`Error::Config`], [`Error::Data`]; a checkpoint of another run is refused, not overwritten.
 pub fn train<O: Objective>(
-    objective: &mut O,
+    learned: &mut Learned<O>,
     clip: &Clip,
     data: &Labelled,
     recipe: &Recipe,
     settings: &Value,
     run: &mut Run,
-) -> Result<History> {
+) -> Result<()> {
     recipe.check()?;
     data.check()?;
     let val = match (recipe.keep, &data.val) {
@@ -397,15 +423,15 @@ pub fn train<O: Objective>(
     let (n, batch_size) = (labels.len(), recipe.batch_size);
     let steps = (n / batch_size).max(1);
     let epochs = recipe.epochs_for(data.shots(), data.classes.len());
-    let mut optimizer = Optimizer::new(recipe.optimizer.clone(), objective.params())?;
+    let mut optimizer = Optimizer::new(recipe.optimizer.clone(), learned.params())?;
 
     let identity = match &run.checkpoint {
-        Some(_) => identity(clip, data, settings, run.seed, objective.params())?,
+        Some(_) => identity(clip, data, settings, run.seed, learned.params())?,
         None => String::new(),
     };
     let mut saved = Saved::default();
     if let Some(plan) = &run.checkpoint
-        && let Some(found) = state::load(&plan.path, &identity, objective, &mut optimizer)?
+        && let Some(found) = state::load(&plan.path, &identity, learned, &mut optimizer)?
     {
         saved = found;
         run.progress.note(&format!(
@@ -433,7 +459,7 @@ pub fn train<O: Objective>(
         {
             if let Err(cancelled) = run.check_cancelled() {
                 if let Some(plan) = &run.checkpoint {
-                    state::save(&plan.path, &identity, &saved, objective, &optimizer)?;
+                    state::save(&plan.path, &identity, &saved, learned, &optimizer)?;
                 }
                 return Err(cancelled);
             }
@@ -444,17 +470,15 @@ pub fn train<O: Objective>(
                 index,
                 steps,
             };
-            let images = data
-                .train
-                .images(clip, positions, objective.needs(), view)?;
+            let images = data.train.images(clip, positions, learned.needs(), view)?;
             let labels: Vec<u32> = positions.iter().map(|&p| labels[p]).collect();
             let batch = Batch {
                 images: &images,
                 labels: &labels,
                 classes: &classes,
             };
-            let (loss, gradients) = gradients(objective, clip, &batch, step)?;
-            optimizer.step(objective.params(), &gradients, |_| lr)?;
+            let (loss, gradients) = gradients(learned, clip, &batch, step)?;
+            optimizer.step(learned.params(), &gradients, |_| lr)?;
             saved.tally.loss += f64::from(loss.total.to_scalar::<f32>()?);
             saved.tally.correct += loss
                 .logits
@@ -476,24 +500,25 @@ pub fn train<O: Objective>(
                 .as_ref()
                 .filter(|plan| last_saved.elapsed() >= plan.every)
             {
-                state::save(&plan.path, &identity, &saved, objective, &optimizer)?;
+                state::save(&plan.path, &identity, &saved, learned, &optimizer)?;
                 last_saved = Instant::now();
             }
         }
         let val_accuracy = match val {
-            Some(val) => Some(accuracy(objective, clip, val, &data.classes)?),
+            Some(val) => Some(accuracy(learned, clip, val, &data.classes)?),
             None => None,
         };
-        saved.finish_epoch(lr, val_accuracy, objective.params())?;
-        if !objective.after_epoch(saved.epoch)? {
+        saved.finish_epoch(lr, val_accuracy, learned.params())?;
+        if !learned.after_epoch(saved.epoch)? {
             break;
         }
     }
     run.progress.finish();
     if let Some(best) = &saved.best {
-        objective.params().load(best)?;
+        learned.params().load(best)?;
     }
-    Ok(saved.history)
+    learned.history = saved.history;
+    Ok(())
 }
 
 /// What [`Predictor::needs`] of the images can be encoded before training: every view that will be asked for, or `None`

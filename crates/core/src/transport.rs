@@ -13,6 +13,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Shape, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::method::{check_positive, check_weight};
 use crate::ops::values;
 use crate::params::check_finite;
 use crate::{Error, Result};
@@ -100,17 +101,11 @@ impl Sinkhorn {
     /// # Errors
     /// [`Error::Config`].
     pub fn check(&self) -> Result<()> {
-        if !(self.eps.is_finite() && self.eps > 0.0) {
-            return Err(Error::config("eps", self.eps, "a finite number above 0"));
-        }
+        check_positive("eps", self.eps)?;
         if self.max_iter == 0 {
             return Err(Error::config("max_iter", 0, "at least one update"));
         }
-        if !(self.threshold.is_finite() && self.threshold >= 0.0) {
-            let expected = "a finite number of at least 0";
-            return Err(Error::config("threshold", self.threshold, expected));
-        }
-        Ok(())
+        check_weight("threshold", self.threshold)
     }
 
     /// Plans between uniform weights: `cost (problems, m, n)`.

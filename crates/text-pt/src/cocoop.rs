@@ -13,20 +13,16 @@
 //! - The Meta-Net starts from our own generator, evenly from ±1/√in as PyTorch's `Linear`.
 //! - Images are seen without random crops unless `train.augment = "crop_flip"` asks for the authors' transform.
 
-use std::collections::BTreeMap;
-
 use candle_core::Tensor;
 use cliptune_core::checkpoint::TorchState;
-use cliptune_core::context::{self, Context};
-use cliptune_core::layers::Affine;
-use cliptune_core::method::{
-    self, AnyMethod, Classifier, Entry, Imported, Method, Paper, Predictor,
-};
-use cliptune_core::prompt::{ClassTokenPosition, ClassTokens};
-use cliptune_core::prompt_file::PromptFile;
-use cliptune_core::train::{self, Batch, Loss, Objective, Recipe, Step};
+use cliptune_core::context::{self, Context, Start};
+use cliptune_core::layers::{Mlp, Nonlinearity};
+use cliptune_core::learned::{self, Learner};
+use cliptune_core::method::{self, Classifier, Entry, Method, Paper, Settings};
+use cliptune_core::prompt::ClassTokens;
+use cliptune_core::train::{Batch, Loss, Objective, Recipe, Step};
 use cliptune_core::{
-    Classes, Clip, Error, ImageBatch, ImageNeeds, Labelled, Params, Result, Run, ops,
+    Classes, Clip, Error, ImageBatch, ImageNeeds, Labelled, Learned, Params, Result, Run, ops,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -48,16 +44,9 @@ pub const ENTRY: Entry = Entry {
     cost: "text tower forward and backward for every class and image at each step, forward for every class and image when predicting; images are encoded once",
     needs: ImageNeeds::GlobalFeatures,
     defaults: method::defaults_of::<CoCoOpConfig>,
-    configure: |settings| Ok(Box::new(CoCoOpConfig::read(settings)?)),
-    load: |file, clip| Ok(Box::new(CoCoOp::load(file, clip)?)),
-    import: Some(|state, settings, clip, classes| {
-        let config = CoCoOpConfig::of_checkpoint(state, settings, clip)?;
-        let predictor = CoCoOp::with_tensors(&config, clip, classes, 0, &state.tensors)?;
-        Ok(Imported {
-            config: AnyMethod::config(&config),
-            predictor: Box::new(predictor),
-        })
-    }),
+    configure: method::configure::<CoCoOpConfig>,
+    load: learned::load::<CoCoOp>,
+    import: Some(learned::import::<CoCoOp>),
 };
 
 /// Settings of [`CoCoOp`]; the defaults are the paper's.
@@ -90,76 +79,26 @@ impl CoCoOpConfig {
     /// Context tokens without initial words (paper: M = 4).
     pub const N_CTX: usize = 4;
 
-    /// Settings from a value whose missing keys take their defaults.
-    ///
-    /// # Errors
-    /// [`Error::Config`] naming the key.
-    pub fn read(settings: &Value) -> Result<Self> {
-        let config: Self = method::read_config(ENTRY.slug, settings)?;
-        config.check()?;
-        Ok(config)
+    fn start(&self) -> Start {
+        Start::of_words(self.ctx_init.as_deref(), self.n_ctx, Self::N_CTX)
     }
+}
 
-    /// `settings` completed by the shape of a checkpoint's context.
-    fn of_checkpoint(state: &TorchState, settings: &Value, clip: &Clip) -> Result<Self> {
-        let mut config = Self::read(settings)?;
-        config.n_ctx = Some(context::shared_in(state, clip.text())?);
-        // What the context started from no longer matters unless the caller says it.
-        if settings.get("ctx_init").is_none() {
-            config.ctx_init = None;
-        }
-        Ok(config)
-    }
+impl Settings for CoCoOpConfig {
+    const SLUG: &'static str = ENTRY.slug;
 
-    /// Refuses settings that cannot be used.
-    ///
-    /// # Errors
-    /// [`Error::Config`] naming the key.
-    pub fn check(&self) -> Result<()> {
-        context::check(self.n_ctx)?;
+    fn check(&self) -> Result<()> {
+        self.start().check()?;
         self.train.check()
     }
 }
 
 impl Method for CoCoOpConfig {
     type Data = Labelled;
-    type Fitted = CoCoOp;
+    type Fitted = Learned<CoCoOp>;
 
-    fn fit(&self, clip: &Clip, data: &Labelled, run: &mut Run) -> Result<CoCoOp> {
-        self.check()?;
-        data.check()?;
-        let mut cocoop = CoCoOp::new(self, clip, &data.classes, run.seed)?;
-        let settings = serde_json::to_value(self).unwrap_or(Value::Null);
-        cocoop.history = train::train(&mut cocoop, clip, data, &self.train, &settings, run)?;
-        Ok(cocoop)
-    }
-}
-
-/// The network from an image's unit feature to what is added to the context.
-#[derive(Debug)]
-struct MetaNet {
-    linear1: Affine,
-    linear2: Affine,
-}
-
-impl MetaNet {
-    fn new(params: &mut Params, embed_dim: usize, width: usize) -> Result<Self> {
-        let hidden = embed_dim / 16;
-        if hidden == 0 {
-            return Err(Error::Data(format!(
-                "the joint space has {embed_dim} dimensions; the Meta-Net has a sixteenth of them in its middle and needs at least 16"
-            )));
-        }
-        Ok(Self {
-            linear1: Affine::new(params, "meta_net.linear1", (hidden, embed_dim))?,
-            linear2: Affine::new(params, "meta_net.linear2", (width, hidden))?,
-        })
-    }
-
-    /// `(batch, embed_dim)` → `(batch, width)`.
-    fn forward(&self, features: &Tensor) -> Result<Tensor> {
-        self.linear2
-            .forward(&self.linear1.forward(features)?.relu()?)
+    fn fit(&self, clip: &Clip, data: &Labelled, run: &mut Run) -> Result<Learned<CoCoOp>> {
+        Learned::fit(self, &self.train, clip, data, run)
     }
 }
 
@@ -167,71 +106,47 @@ impl MetaNet {
 #[derive(Debug)]
 pub struct CoCoOp {
     /// `(n_ctx, width)`.
-    context: Context,
-    meta_net: MetaNet,
-    params: Params,
-    history: train::History,
+    pub context: Context,
+    /// `(.., embed_dim)` → `(.., width)`, a sixteenth of `embed_dim` in its middle. It does not start at zero: the first
+    /// prompts are shifted already.
+    meta_net: Mlp,
 }
 
-impl CoCoOp {
-    /// A context and a Meta-Net at their start. The Meta-Net does not start at zero: the first prompts are shifted already.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for contradicting settings, [`Error::PromptTooLong`] if a class name leaves no room,
-    /// [`Error::Data`] if the joint space has fewer than 16 dimensions.
-    pub fn new(config: &CoCoOpConfig, clip: &Clip, classes: &Classes, seed: u64) -> Result<Self> {
-        config.check()?;
-        let mut params = Params::new(seed);
-        let context = match context::initial_words(config.ctx_init.as_deref()) {
-            Some(words) => Context::of_words(&mut params, clip.text(), &words, config.n_ctx)?,
-            None => {
-                let n_ctx = config.n_ctx.unwrap_or(CoCoOpConfig::N_CTX);
-                Context::random(&mut params, clip.text(), n_ctx)?
-            }
-        };
-        let embed_dim = clip.image().embed_dim();
-        let meta_net = MetaNet::new(&mut params, embed_dim, clip.text().width())?;
-        // Refuses names that are too long before any work.
-        ClassTokens::new(clip.text(), classes)?.sentences(context.words())?;
-        Ok(Self {
-            context,
-            meta_net,
-            params,
-            history: train::History::default(),
-        })
-    }
+impl Learner for CoCoOp {
+    type Config = CoCoOpConfig;
 
-    /// From a prompt file of this method.
-    ///
-    /// # Errors
-    /// [`Error::Prompt`], [`Error::Shape`] or [`Error::Config`] if the file does not fit itself or the weights.
-    pub fn load(file: &PromptFile, clip: &Clip) -> Result<Self> {
-        let config = CoCoOpConfig::read(&file.config)?;
-        Self::with_tensors(&config, clip, &file.classes, file.seed, &file.tensors)
-    }
-
-    /// A context and a Meta-Net with given values instead of drawn ones, under the authors' keys: `ctx`,
-    /// `meta_net.linear1.weight`, ... What else a checkpoint holds (`token_prefix`, `token_suffix`) is rebuilt from `classes`.
-    ///
-    /// # Errors
-    /// As [`CoCoOp::new`] and [`Params::load`].
-    pub fn with_tensors(
+    fn start(
         config: &CoCoOpConfig,
         clip: &Clip,
         classes: &Classes,
-        seed: u64,
-        tensors: &BTreeMap<String, Tensor>,
+        params: &mut Params,
     ) -> Result<Self> {
-        let cocoop = Self::new(config, clip, classes, seed)?;
-        cocoop.params.load(tensors)?;
-        Ok(cocoop)
+        let context = config.start().context(params, clip.text(), classes)?;
+        let (embed_dim, width) = (clip.image().embed_dim(), clip.text().width());
+        let hidden = embed_dim / 16;
+        if hidden == 0 {
+            return Err(Error::Data(format!(
+                "the joint space has {embed_dim} dimensions; the Meta-Net has a sixteenth of them in its middle and needs at least 16"
+            )));
+        }
+        let layers = [("meta_net.linear1", hidden), ("meta_net.linear2", width)];
+        let meta_net = Mlp::new(params, embed_dim, &layers, Nonlinearity::Relu)?;
+        Ok(Self { context, meta_net })
     }
 
-    /// How the training went; empty for a loaded context.
-    pub fn history(&self) -> &train::History {
-        &self.history
+    fn complete(
+        config: &mut CoCoOpConfig,
+        given: &Value,
+        state: &TorchState,
+        clip: &Clip,
+    ) -> Result<()> {
+        config.n_ctx = Some(context::shared_in(state, clip.text())?);
+        config.ctx_init = context::words_in(given);
+        Ok(())
     }
+}
 
+impl CoCoOp {
     /// What the Meta-Net adds to the context of each image, `(batch, width)`, from unit features `(batch, embed_dim)`.
     ///
     /// # Errors
@@ -249,23 +164,6 @@ impl CoCoOp {
         Ok(self.context.tensor().unsqueeze(0)?.broadcast_add(&bias)?)
     }
 
-    /// Raw text features of all classes under each of `contexts (batch, n_ctx, width)`, `(batch, n_cls, embed_dim)`.
-    ///
-    /// # Errors
-    /// [`Error::PromptTooLong`], [`Error::Shape`].
-    pub fn text_features(
-        &self,
-        clip: &Clip,
-        classes: &ClassTokens,
-        contexts: &Tensor,
-    ) -> Result<Tensor> {
-        let words = self.context.words();
-        let prompts = classes.weave_each(contexts, words, ClassTokenPosition::End)?;
-        let features = clip.text().encode(&prompts)?;
-        let (batch, embed_dim) = (contexts.dim(0)?, features.dim(1)?);
-        Ok(features.reshape((batch, classes.len(), embed_dim))?)
-    }
-
     /// `(batch, n_cls)` for unit features and the contexts made of them.
     fn logits(
         &self,
@@ -274,7 +172,7 @@ impl CoCoOp {
         unit_features: &Tensor,
         contexts: &Tensor,
     ) -> Result<Tensor> {
-        let text = self.text_features(clip, classes, contexts)?;
+        let text = self.context.text_features_under(contexts, clip, classes)?;
         let text = ops::unit_length(&text, "a text feature")?;
         ops::own_dots(&(unit_features * clip.scale())?, &text)
     }
@@ -299,11 +197,7 @@ impl Classifier for PerImage<'_> {
     }
 }
 
-impl Predictor for CoCoOp {
-    fn needs(&self) -> ImageNeeds {
-        ImageNeeds::GlobalFeatures
-    }
-
+impl Objective for CoCoOp {
     fn classifier<'a>(
         &'a self,
         clip: &'a Clip,
@@ -318,26 +212,10 @@ impl Predictor for CoCoOp {
         }))
     }
 
-    fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        self.params.tensors()
-    }
-
-    fn training(&self) -> Option<&train::History> {
-        Some(&self.history).filter(|history| history.kept > 0)
-    }
-}
-
-impl Objective for CoCoOp {
-    fn params(&self) -> &Params {
-        &self.params
-    }
-
     fn loss(&self, clip: &Clip, batch: &Batch<'_>, _: Step) -> Result<Loss> {
         let unit = ops::unit_length(batch.images.features()?, "an image feature")?;
         let contexts = self.contexts(&unit)?;
-        Loss::cross_entropy(
-            self.logits(clip, batch.classes, &unit, &contexts)?,
-            batch.labels,
-        )
+        let logits = self.logits(clip, batch.classes, &unit, &contexts)?;
+        Loss::cross_entropy(logits, batch.labels)
     }
 }

@@ -14,19 +14,15 @@
 //! - The dead tensors of their checkpoints (`bias_vectors`, `meta_net.*`) are read over and not written.
 //! - Images are seen without random crops unless `train.augment = "crop_flip"` asks for the authors' transform.
 
-use std::collections::BTreeMap;
-
 use candle_core::Tensor;
 use cliptune_core::checkpoint::TorchState;
-use cliptune_core::context::{self, Context};
-use cliptune_core::method::{
-    self, AnyMethod, Classifier, Entry, Imported, Method, Paper, Predictor, TextClassifier,
-};
-use cliptune_core::prompt::{ClassTokenPosition, ClassTokens};
-use cliptune_core::prompt_file::PromptFile;
+use cliptune_core::context::{self, Context, Start};
+use cliptune_core::learned::{self, Learner};
+use cliptune_core::method::{self, Classifier, Entry, Method, Paper, Settings};
+use cliptune_core::prompt::ClassTokens;
 use cliptune_core::templates::{self, Sentences};
-use cliptune_core::train::{self, Batch, Loss, Objective, Recipe, Step};
-use cliptune_core::{Classes, Clip, Error, ImageNeeds, Labelled, Params, Result, Run, ops};
+use cliptune_core::train::{Batch, Loss, Objective, Recipe, Step};
+use cliptune_core::{Classes, Clip, ImageNeeds, Labelled, Learned, Params, Result, Run, ops};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -47,16 +43,9 @@ pub const ENTRY: Entry = Entry {
     cost: "text tower forward and backward for every class at each step, as CoOp; images and hand-written sentences are encoded once",
     needs: ImageNeeds::GlobalFeatures,
     defaults: method::defaults_of::<KgCoOpConfig>,
-    configure: |settings| Ok(Box::new(KgCoOpConfig::read(settings)?)),
-    load: |file, clip| Ok(Box::new(KgCoOp::load(file, clip)?)),
-    import: Some(|state, settings, clip, classes| {
-        let config = KgCoOpConfig::of_checkpoint(state, settings, clip)?;
-        let predictor = KgCoOp::with_tensors(&config, clip, classes, 0, &state.tensors)?;
-        Ok(Imported {
-            config: AnyMethod::config(&config),
-            predictor: Box::new(predictor),
-        })
-    }),
+    configure: method::configure::<KgCoOpConfig>,
+    load: learned::load::<KgCoOp>,
+    import: Some(learned::import::<KgCoOp>),
 };
 
 /// How far a learned class feature is from its hand-written one.
@@ -115,87 +104,47 @@ impl KgCoOpConfig {
     /// Context tokens without initial words.
     pub const N_CTX: usize = 4;
 
-    /// Settings from a value whose missing keys take their defaults.
-    ///
-    /// # Errors
-    /// [`Error::Config`] naming the key.
-    pub fn read(settings: &Value) -> Result<Self> {
-        let config: Self = method::read_config(ENTRY.slug, settings)?;
-        config.check()?;
-        Ok(config)
-    }
-
-    /// `settings` completed by the shape of a checkpoint's context.
-    fn of_checkpoint(state: &TorchState, settings: &Value, clip: &Clip) -> Result<Self> {
-        let (contexts, n_ctx) = context::sizes_in(state, clip.text())?;
-        let mut config: Self = method::read_config(ENTRY.slug, settings)?;
-        // What the context started from no longer matters unless the caller says it.
-        if settings.get("ctx_init").is_none() {
-            config.ctx_init = None;
+    fn start(&self) -> Start {
+        Start {
+            class_specific: self.class_specific,
+            ..Start::of_words(self.ctx_init.as_deref(), self.n_ctx, Self::N_CTX)
         }
-        config.n_ctx = Some(n_ctx);
-        config.class_specific |= contexts.is_some();
-        config.check()?;
-        Ok(config)
-    }
-
-    /// Refuses settings that contradict each other.
-    ///
-    /// # Errors
-    /// [`Error::Config`] naming the key.
-    pub fn check(&self) -> Result<()> {
-        context::check(self.n_ctx)?;
-        if self.class_specific && self.words().is_some() {
-            let expected =
-                "initial words give one context for all classes; leave one of the two out";
-            let found = "true with ctx_init";
-            return Err(Error::config("class_specific", found, expected));
-        }
-        if !(self.w.is_finite() && self.w >= 0.0) {
-            let expected = "a finite number of at least 0";
-            return Err(Error::config("w", self.w, expected));
-        }
-        self.sentences()?;
-        self.train.check()
-    }
-
-    fn words(&self) -> Option<String> {
-        context::initial_words(self.ctx_init.as_deref())
     }
 
     /// The hand-written sentence that the class features are held to.
     ///
     /// # Errors
-    /// [`Error::Config`] for a sentence without `{}`, for a data set without a sentence, or for both settings at once.
+    /// [`cliptune_core::Error::Config`] for a sentence without `{}`, for a data set without a sentence, or for both settings
+    /// at once.
     pub fn sentences(&self) -> Result<Sentences> {
-        let template = match (self.template.as_deref(), self.dataset.as_deref()) {
-            (Some(template), None) => template,
-            (None, None) => templates::DEFAULT,
+        let of_dataset = |dataset| match templates::id_of(dataset) {
             // The one data set for which the authors do not take CoOp's sentence.
-            (None, Some(dataset)) if templates::id_of(dataset) == "dtd" => {
-                "a photo of a {}, a type of texture."
-            }
-            (None, Some(dataset)) => templates::for_dataset(dataset)?,
-            (Some(template), Some(_)) => {
-                let expected = "either a template of your own or a data set's";
-                return Err(Error::config("template", template, expected));
-            }
+            "dtd" => Ok("a photo of a {}, a type of texture."),
+            _ => templates::for_dataset(dataset),
         };
-        Sentences::new(vec![template.to_owned()])
+        let (own, dataset) = (self.template.as_deref(), self.dataset.as_deref());
+        let chosen = templates::chosen(own, dataset, of_dataset)?;
+        Sentences::new(vec![chosen.unwrap_or(templates::DEFAULT).to_owned()])
+    }
+}
+
+impl Settings for KgCoOpConfig {
+    const SLUG: &'static str = ENTRY.slug;
+
+    fn check(&self) -> Result<()> {
+        self.start().check()?;
+        method::check_weight("w", self.w)?;
+        self.sentences()?;
+        self.train.check()
     }
 }
 
 impl Method for KgCoOpConfig {
     type Data = Labelled;
-    type Fitted = KgCoOp;
+    type Fitted = Learned<KgCoOp>;
 
-    fn fit(&self, clip: &Clip, data: &Labelled, run: &mut Run) -> Result<KgCoOp> {
-        self.check()?;
-        data.check()?;
-        let mut kgcoop = KgCoOp::new(self, clip, &data.classes, run.seed)?;
-        let settings = serde_json::to_value(self).unwrap_or(Value::Null);
-        kgcoop.history = train::train(&mut kgcoop, clip, data, &self.train, &settings, run)?;
-        Ok(kgcoop)
+    fn fit(&self, clip: &Clip, data: &Labelled, run: &mut Run) -> Result<Learned<KgCoOp>> {
+        Learned::fit(self, &self.train, clip, data, run)
     }
 }
 
@@ -203,81 +152,44 @@ impl Method for KgCoOpConfig {
 #[derive(Debug)]
 pub struct KgCoOp {
     /// `(n_ctx, width)`, or `(n_cls, n_ctx, width)` if class-specific.
-    context: Context,
-    params: Params,
+    pub context: Context,
     targets: Sentences,
     w: f64,
     distance: Distance,
-    history: train::History,
 }
 
-impl KgCoOp {
-    /// A context at its start.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for contradicting settings, [`Error::PromptTooLong`] if a class name leaves no room.
-    pub fn new(config: &KgCoOpConfig, clip: &Clip, classes: &Classes, seed: u64) -> Result<Self> {
-        config.check()?;
-        let mut params = Params::new(seed);
-        let n_ctx = config.n_ctx.unwrap_or(KgCoOpConfig::N_CTX);
-        let context = match config.words() {
-            Some(words) => Context::of_words(&mut params, clip.text(), &words, config.n_ctx)?,
-            None if config.class_specific => {
-                Context::per_class(&mut params, clip.text(), classes, n_ctx)?
-            }
-            None => Context::random(&mut params, clip.text(), n_ctx)?,
-        };
-        // Refuses names that are too long before any work.
-        ClassTokens::new(clip.text(), classes)?.sentences(context.words())?;
-        Ok(Self {
-            context,
-            params,
-            targets: config.sentences()?,
-            w: config.w,
-            distance: config.distance,
-            history: train::History::default(),
-        })
-    }
+impl Learner for KgCoOp {
+    type Config = KgCoOpConfig;
 
-    /// From a prompt file of this method.
-    ///
-    /// # Errors
-    /// [`Error::Prompt`], [`Error::Shape`] or [`Error::Config`] if the file does not fit itself or the weights.
-    pub fn load(file: &PromptFile, clip: &Clip) -> Result<Self> {
-        let config = KgCoOpConfig::read(&file.config)?;
-        Self::with_tensors(&config, clip, &file.classes, file.seed, &file.tensors)
-    }
-
-    /// A context with given values instead of drawn ones, under the authors' key `ctx`.
-    ///
-    /// # Errors
-    /// As [`KgCoOp::new`] and [`Params::load`].
-    pub fn with_tensors(
+    fn start(
         config: &KgCoOpConfig,
         clip: &Clip,
         classes: &Classes,
-        seed: u64,
-        tensors: &BTreeMap<String, Tensor>,
+        params: &mut Params,
     ) -> Result<Self> {
-        let kgcoop = Self::new(config, clip, classes, seed)?;
-        kgcoop.params.load(tensors)?;
-        Ok(kgcoop)
+        Ok(Self {
+            context: config.start().context(params, clip.text(), classes)?,
+            targets: config.sentences()?,
+            w: config.w,
+            distance: config.distance,
+        })
     }
 
-    /// How the training went; empty for a loaded context.
-    pub fn history(&self) -> &train::History {
-        &self.history
+    fn complete(
+        config: &mut KgCoOpConfig,
+        given: &Value,
+        state: &TorchState,
+        clip: &Clip,
+    ) -> Result<()> {
+        let (contexts, n_ctx) = context::sizes_in(state, clip.text())?;
+        config.n_ctx = Some(n_ctx);
+        config.class_specific |= contexts.is_some();
+        config.ctx_init = context::words_in(given);
+        Ok(())
     }
+}
 
-    /// Raw text features of the classes, `(n_cls, embed_dim)`; gradients flow to the context.
-    ///
-    /// # Errors
-    /// [`Error::PromptTooLong`]; [`Error::Prompt`] if class-specific contexts meet another number of classes.
-    pub fn text_features(&self, clip: &Clip, classes: &ClassTokens) -> Result<Tensor> {
-        clip.text()
-            .encode(&self.context.prompts(classes, ClassTokenPosition::End)?)
-    }
-
+impl KgCoOp {
     /// Unit features of the hand-written sentences, `(n_cls, embed_dim)`.
     ///
     /// # Errors
@@ -287,51 +199,26 @@ impl KgCoOp {
     }
 }
 
-impl Predictor for KgCoOp {
-    fn needs(&self) -> ImageNeeds {
-        ImageNeeds::GlobalFeatures
-    }
-
+impl Objective for KgCoOp {
     fn classifier<'a>(
         &'a self,
         clip: &'a Clip,
         classes: &Classes,
     ) -> Result<Box<dyn Classifier + 'a>> {
-        self.context.check_serves(classes)?;
-        let classes = ClassTokens::new(clip.text(), classes)?;
-        let features = self.text_features(clip, &classes)?.detach();
-        let features = ops::unit_length(&features, "a text feature")?;
-        Ok(Box::new(TextClassifier::new(clip, features)))
-    }
-
-    fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        self.params.tensors()
-    }
-
-    fn training(&self) -> Option<&train::History> {
-        Some(&self.history).filter(|history| history.kept > 0)
-    }
-}
-
-impl Objective for KgCoOp {
-    fn params(&self) -> &Params {
-        &self.params
+        self.context.classifier(clip, classes)
     }
 
     fn loss(&self, clip: &Clip, batch: &Batch<'_>, _: Step) -> Result<Loss> {
-        let text = self.text_features(clip, batch.classes)?;
+        let text = self.context.text_features(clip, batch.classes)?;
         let text = ops::unit_length(&text, "a text feature")?;
         let targets = self.target_features(clip, batch.classes)?;
-        let logits = clip.unit_logits(batch.images.features()?, &text)?;
-        let ce = ops::cross_entropy(&logits, batch.labels)?;
         let kg = match self.distance {
             Distance::Cosine => ops::cosine_distance(&text, &targets)?,
             Distance::Squared => ops::squared_distance(&text, &targets)?,
         };
-        Ok(Loss {
-            total: (&ce + (&kg * self.w)?)?,
-            terms: vec![("ce", ce), ("kg", kg)],
-            logits: Some(logits),
-        })
+        let logits = clip.unit_logits(batch.images.features()?, &text)?;
+        Loss::cross_entropy(logits, batch.labels)?
+            .named("ce")
+            .plus(self.w, "kg", kg)
     }
 }

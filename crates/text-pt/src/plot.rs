@@ -21,20 +21,16 @@
 //! - Images are seen without random crops unless `train.augment = "crop_flip"`. The batch is 128; theirs is 32 for
 //!   OxfordFlowers, FGVCAircraft and StanfordCars.
 
-use std::collections::BTreeMap;
-
 use candle_core::{IndexOp, Tensor};
 use cliptune_core::checkpoint::TorchState;
 use cliptune_core::context::{self, Context};
-use cliptune_core::method::{
-    self, AnyMethod, Classifier, Entry, Imported, Method, Paper, Predictor,
-};
-use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, Prompts};
-use cliptune_core::prompt_file::PromptFile;
-use cliptune_core::train::{self, Batch, Loss, Objective, Recipe, Step};
+use cliptune_core::learned::{self, Learner};
+use cliptune_core::method::{self, Classifier, Entry, Method, Paper, Settings};
+use cliptune_core::prompt::{ClassTokenPosition, ClassTokens};
+use cliptune_core::train::{Batch, Loss, Objective, Recipe, Step};
 use cliptune_core::transport::{Sinkhorn, Transport};
 use cliptune_core::{
-    Classes, Clip, Error, ImageBatch, ImageNeeds, Labelled, Params, Result, Run, ops,
+    Classes, Clip, Error, ImageBatch, ImageNeeds, Labelled, Learned, Params, Result, Run, ops,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -56,16 +52,9 @@ pub const ENTRY: Entry = Entry {
     cost: "text tower forward and backward for every class and context at each step; images are encoded once, at every place",
     needs: ImageNeeds::LocalFeatures,
     defaults: method::defaults_of::<PlotConfig>,
-    configure: |settings| Ok(Box::new(PlotConfig::read(settings)?)),
-    load: |file, clip| Ok(Box::new(Plot::load(file, clip)?)),
-    import: Some(|state, settings, clip, classes| {
-        let config = PlotConfig::of_checkpoint(state, settings, clip)?;
-        let predictor = Plot::with_tensors(&config, clip, classes, 0, &state.tensors)?;
-        Ok(Imported {
-            config: AnyMethod::config(&config),
-            predictor: Box::new(predictor),
-        })
-    }),
+    configure: method::configure::<PlotConfig>,
+    load: learned::load::<Plot>,
+    import: Some(learned::import::<Plot>),
 };
 
 /// Settings of [`Plot`]; the defaults are the paper's.
@@ -103,41 +92,17 @@ impl Default for PlotConfig {
     }
 }
 
-impl PlotConfig {
-    /// Settings from a value whose missing keys take their defaults.
-    ///
-    /// # Errors
-    /// [`Error::Config`] naming the key.
-    pub fn read(settings: &Value) -> Result<Self> {
-        let config: Self = method::read_config(ENTRY.slug, settings)?;
-        config.check()?;
-        Ok(config)
-    }
+impl Settings for PlotConfig {
+    const SLUG: &'static str = ENTRY.slug;
 
-    /// `settings` completed by the shape of a checkpoint's contexts.
-    fn of_checkpoint(state: &TorchState, settings: &Value, clip: &Clip) -> Result<Self> {
-        let mut config = Self::read(settings)?;
-        let (contexts, n_ctx) = context::sizes_in(state, clip.text())?;
-        (config.n_prompts, config.n_ctx) = (contexts.unwrap_or(1), n_ctx);
-        config.check()?;
-        Ok(config)
-    }
-
-    /// Refuses settings that contradict each other.
-    ///
-    /// # Errors
-    /// [`Error::Config`] naming the key.
-    pub fn check(&self) -> Result<()> {
-        context::check(Some(self.n_ctx))?;
+    fn check(&self) -> Result<()> {
+        context::check(self.n_ctx)?;
         if self.n_prompts == 0 {
-            return Err(Error::config(
-                "n_prompts",
-                0,
-                "at least one prompt per class",
-            ));
+            let expected = "at least one prompt per class";
+            return Err(Error::config("n_prompts", 0, expected));
         }
-        if self.n_prompts > 1 && self.class_token_position != ClassTokenPosition::End {
-            let position = format!("{:?}", self.class_token_position).to_lowercase();
+        let position = self.class_token_position;
+        if self.n_prompts > 1 && position != ClassTokenPosition::End {
             let expected = "end, with more than one prompt per class; or n_prompts = 1";
             return Err(Error::config("class_token_position", position, expected));
         }
@@ -148,15 +113,10 @@ impl PlotConfig {
 
 impl Method for PlotConfig {
     type Data = Labelled;
-    type Fitted = Plot;
+    type Fitted = Learned<Plot>;
 
-    fn fit(&self, clip: &Clip, data: &Labelled, run: &mut Run) -> Result<Plot> {
-        self.check()?;
-        data.check()?;
-        let mut plot = Plot::new(self, clip, &data.classes, run.seed)?;
-        let settings = serde_json::to_value(self).unwrap_or(Value::Null);
-        plot.history = train::train(&mut plot, clip, data, &self.train, &settings, run)?;
-        Ok(plot)
+    fn fit(&self, clip: &Clip, data: &Labelled, run: &mut Run) -> Result<Learned<Plot>> {
+        Learned::fit(self, &self.train, clip, data, run)
     }
 }
 
@@ -165,10 +125,34 @@ impl Method for PlotConfig {
 pub struct Plot {
     /// `(n_prompts, n_ctx, width)`.
     contexts: Context,
-    params: Params,
-    position: ClassTokenPosition,
     matching: Matching,
-    history: train::History,
+}
+
+impl Learner for Plot {
+    type Config = PlotConfig;
+
+    fn start(
+        config: &PlotConfig,
+        clip: &Clip,
+        classes: &Classes,
+        params: &mut Params,
+    ) -> Result<Self> {
+        let (tower, position) = (clip.text(), config.class_token_position);
+        let contexts = Context::several(params, tower, config.n_prompts, config.n_ctx)?;
+        Ok(Self {
+            contexts: contexts.at(position, tower, classes)?,
+            matching: Matching {
+                transport: config.transport.clone(),
+                add_global: config.add_global,
+            },
+        })
+    }
+
+    fn complete(config: &mut PlotConfig, _: &Value, state: &TorchState, clip: &Clip) -> Result<()> {
+        let (contexts, n_ctx) = context::sizes_in(state, clip.text())?;
+        (config.n_prompts, config.n_ctx) = (contexts.unwrap_or(1), n_ctx);
+        Ok(())
+    }
 }
 
 /// Logits of a batch, and the plans behind them.
@@ -181,85 +165,13 @@ pub struct Matched {
 }
 
 impl Plot {
-    /// Contexts at their start.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for contradicting settings, [`Error::PromptTooLong`] if a class name leaves no room.
-    pub fn new(config: &PlotConfig, clip: &Clip, classes: &Classes, seed: u64) -> Result<Self> {
-        config.check()?;
-        let mut params = Params::new(seed);
-        let contexts = Context::several(&mut params, clip.text(), config.n_prompts, config.n_ctx)?;
-        let plot = Self {
-            contexts,
-            params,
-            position: config.class_token_position,
-            matching: Matching {
-                transport: config.transport.clone(),
-                add_global: config.add_global,
-            },
-            history: train::History::default(),
-        };
-        plot.prompts(&ClassTokens::new(clip.text(), classes)?)?;
-        Ok(plot)
-    }
-
-    /// From a prompt file of this method.
-    ///
-    /// # Errors
-    /// [`Error::Prompt`], [`Error::Shape`] or [`Error::Config`] if the file does not fit itself or the weights.
-    pub fn load(file: &PromptFile, clip: &Clip) -> Result<Self> {
-        let config = PlotConfig::read(&file.config)?;
-        Self::with_tensors(&config, clip, &file.classes, file.seed, &file.tensors)
-    }
-
-    /// From a checkpoint of the authors' code (`plot-coop`). Its `token_prefix` and `token_suffix` are rebuilt from
-    /// `classes`.
-    ///
-    /// # Errors
-    /// [`Error::Prompt`] if there is no `ctx`, [`Error::Shape`] if it does not fit the weights.
-    pub fn import(
-        state: &TorchState,
-        settings: &Value,
-        clip: &Clip,
-        classes: &Classes,
-    ) -> Result<Self> {
-        let config = PlotConfig::of_checkpoint(state, settings, clip)?;
-        Self::with_tensors(&config, clip, classes, 0, &state.tensors)
-    }
-
-    /// Contexts with given values instead of drawn ones.
-    ///
-    /// # Errors
-    /// As [`Plot::new`] and [`Params::load`].
-    pub fn with_tensors(
-        config: &PlotConfig,
-        clip: &Clip,
-        classes: &Classes,
-        seed: u64,
-        tensors: &BTreeMap<String, Tensor>,
-    ) -> Result<Self> {
-        let plot = Self::new(config, clip, classes, seed)?;
-        plot.params.load(tensors)?;
-        Ok(plot)
-    }
-
-    /// How the training went; empty for loaded contexts.
-    pub fn history(&self) -> &train::History {
-        &self.history
-    }
-
-    fn prompts(&self, classes: &ClassTokens) -> Result<Prompts> {
-        classes.weave_each(self.contexts.tensor(), self.contexts.words(), self.position)
-    }
-
     /// Raw text features, `(n_prompts, n_cls, embed_dim)`; gradients flow to the contexts.
     ///
     /// # Errors
-    /// [`Error::PromptTooLong`].
+    /// As [`Context::text_features_under`].
     pub fn text_features(&self, clip: &Clip, classes: &ClassTokens) -> Result<Tensor> {
-        let features = clip.text().encode(&self.prompts(classes)?)?;
-        let n_prompts = self.contexts.tensor().dim(0)?;
-        Ok(features.reshape((n_prompts, classes.len(), ()))?)
+        let contexts = self.contexts.tensor();
+        self.contexts.text_features_under(contexts, clip, classes)
     }
 
     /// Logits of images against raw text features `(n_prompts, n_cls, embed_dim)`, and the plans they come from.
@@ -310,33 +222,6 @@ impl Matching {
     }
 }
 
-impl Predictor for Plot {
-    fn needs(&self) -> ImageNeeds {
-        ImageNeeds::LocalFeatures
-    }
-
-    fn classifier<'a>(
-        &'a self,
-        clip: &'a Clip,
-        classes: &Classes,
-    ) -> Result<Box<dyn Classifier + 'a>> {
-        let classes = ClassTokens::new(clip.text(), classes)?;
-        Ok(Box::new(PlaceClassifier {
-            clip,
-            matching: &self.matching,
-            text_features: self.text_features(clip, &classes)?.detach(),
-        }))
-    }
-
-    fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        self.params.tensors()
-    }
-
-    fn training(&self) -> Option<&train::History> {
-        Some(&self.history).filter(|history| history.kept > 0)
-    }
-}
-
 /// Compares the places of images with several features per class.
 struct PlaceClassifier<'a> {
     clip: &'a Clip,
@@ -352,8 +237,21 @@ impl Classifier for PlaceClassifier<'_> {
 }
 
 impl Objective for Plot {
-    fn params(&self) -> &Params {
-        &self.params
+    fn needs(&self) -> ImageNeeds {
+        ImageNeeds::LocalFeatures
+    }
+
+    fn classifier<'a>(
+        &'a self,
+        clip: &'a Clip,
+        classes: &Classes,
+    ) -> Result<Box<dyn Classifier + 'a>> {
+        let classes = ClassTokens::new(clip.text(), classes)?;
+        Ok(Box::new(PlaceClassifier {
+            clip,
+            matching: &self.matching,
+            text_features: self.text_features(clip, &classes)?.detach(),
+        }))
     }
 
     fn loss(&self, clip: &Clip, batch: &Batch<'_>, _: Step) -> Result<Loss> {

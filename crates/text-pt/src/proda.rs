@@ -22,19 +22,17 @@
 //! - Prompts of all contexts and any number of classes predict; the fork drops the remainder of 1,000 when memory is short.
 //! - Images are seen without random crops unless `train.augment = "crop_flip"` asks for the authors' transform.
 
-use std::collections::BTreeMap;
-
 use candle_core::{D, Tensor};
 use cliptune_core::checkpoint::TorchState;
 use cliptune_core::context::{self, Context};
-use cliptune_core::method::{
-    self, AnyMethod, Classifier, Entry, Imported, Method, Paper, Predictor, TextClassifier,
-};
+use cliptune_core::learned::{self, Learner};
+use cliptune_core::method::{self, Classifier, Entry, Method, Paper, Settings, TextClassifier};
 use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, Piece, Prompts};
-use cliptune_core::prompt_file::PromptFile;
 use cliptune_core::rng::Rng;
-use cliptune_core::train::{self, Batch, Loss, Objective, Recipe, Step};
-use cliptune_core::{Classes, Clip, Error, ImageNeeds, Labelled, Params, Result, Run, ops};
+use cliptune_core::train::{Batch, Loss, Objective, Recipe, Step};
+use cliptune_core::{
+    Classes, Clip, Error, ImageNeeds, Labelled, Learned, Params, Result, Run, ops,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -55,16 +53,9 @@ pub const ENTRY: Entry = Entry {
     cost: "text tower forward and backward for every class under prompt_batch contexts, and once per context, at each step; images are encoded once",
     needs: ImageNeeds::GlobalFeatures,
     defaults: method::defaults_of::<ProDaConfig>,
-    configure: |settings| Ok(Box::new(ProDaConfig::read(settings)?)),
-    load: |file, clip| Ok(Box::new(ProDa::load(file, clip)?)),
-    import: Some(|state, settings, clip, classes| {
-        let config = ProDaConfig::of_checkpoint(state, settings, clip)?;
-        let predictor = ProDa::with_tensors(&config, clip, classes, 0, &state.tensors)?;
-        Ok(Imported {
-            config: AnyMethod::config(&config),
-            predictor: Box::new(predictor),
-        })
-    }),
+    configure: method::configure::<ProDaConfig>,
+    load: learned::load::<ProDa>,
+    import: Some(learned::import::<ProDa>),
 };
 
 /// Settings of [`ProDa`]; the defaults are the fork's.
@@ -103,42 +94,11 @@ impl Default for ProDaConfig {
     }
 }
 
-impl ProDaConfig {
-    /// Settings from a value whose missing keys take their defaults.
-    ///
-    /// # Errors
-    /// [`Error::Config`] naming the key.
-    pub fn read(settings: &Value) -> Result<Self> {
-        let config: Self = method::read_config(ENTRY.slug, settings)?;
-        config.check()?;
-        Ok(config)
-    }
+impl Settings for ProDaConfig {
+    const SLUG: &'static str = ENTRY.slug;
 
-    /// `settings` completed by the shape of a checkpoint's contexts.
-    fn of_checkpoint(state: &TorchState, settings: &Value, clip: &Clip) -> Result<Self> {
-        let mut config: Self = method::read_config(ENTRY.slug, settings)?;
-        let (contexts, n_ctx) = context::sizes_in(state, clip.text())?;
-        let Some(n_prompts) = contexts else {
-            return Err(Error::Prompt(
-                "`ctx` of the checkpoint is one context, ProDA has several; is it CoOp's?".into(),
-            ));
-        };
-        (config.n_prompts, config.n_ctx) = (n_prompts, n_ctx);
-        // Only training takes batches of contexts.
-        if settings.get("prompt_batch").is_none() && !n_prompts.is_multiple_of(config.prompt_batch)
-        {
-            config.prompt_batch = n_prompts;
-        }
-        config.check()?;
-        Ok(config)
-    }
-
-    /// Refuses settings that contradict each other.
-    ///
-    /// # Errors
-    /// [`Error::Config`] naming the key.
-    pub fn check(&self) -> Result<()> {
-        context::check(Some(self.n_ctx))?;
+    fn check(&self) -> Result<()> {
+        context::check(self.n_ctx)?;
         if self.n_prompts == 0 || (self.n_prompts > 1 && !self.n_prompts.is_multiple_of(4)) {
             let expected = "1, or a number that 4 divides: a quarter of the contexts stands behind the class name, a quarter around it, half in front of it";
             return Err(Error::config("n_prompts", self.n_prompts, expected));
@@ -147,94 +107,73 @@ impl ProDaConfig {
             let expected = format!("a divisor of n_prompts = {}", self.n_prompts);
             return Err(Error::config("prompt_batch", self.prompt_batch, expected));
         }
-        if !(self.alpha.is_finite() && self.alpha >= 0.0) {
-            let expected = "a finite number of at least 0";
-            return Err(Error::config("alpha", self.alpha, expected));
-        }
+        method::check_weight("alpha", self.alpha)?;
         self.train.check()
     }
 }
 
 impl Method for ProDaConfig {
     type Data = Labelled;
-    type Fitted = ProDa;
+    type Fitted = Learned<ProDa>;
 
-    fn fit(&self, clip: &Clip, data: &Labelled, run: &mut Run) -> Result<ProDa> {
-        self.check()?;
-        data.check()?;
-        let mut proda = ProDa::new(self, clip, &data.classes, run.seed)?;
-        let settings = serde_json::to_value(self).unwrap_or(Value::Null);
-        proda.history = train::train(&mut proda, clip, data, &self.train, &settings, run)?;
-        Ok(proda)
+    fn fit(&self, clip: &Clip, data: &Labelled, run: &mut Run) -> Result<Learned<ProDa>> {
+        Learned::fit(self, &self.train, clip, data, run)
     }
 }
 
 /// Learned contexts.
 #[derive(Debug)]
 pub struct ProDa {
-    /// `(n_prompts, n_ctx, width)`.
+    /// `(n_prompts, n_ctx, width)`; each has its own place of the class name.
     context: Context,
-    params: Params,
     n_prompts: usize,
     prompt_batch: usize,
     alpha: f64,
     surrogate: bool,
-    history: train::History,
 }
 
-impl ProDa {
-    /// Contexts at their start.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for contradicting settings, [`Error::PromptTooLong`] if a class name leaves no room.
-    pub fn new(config: &ProDaConfig, clip: &Clip, classes: &Classes, seed: u64) -> Result<Self> {
-        config.check()?;
-        let mut params = Params::new(seed);
+impl Learner for ProDa {
+    type Config = ProDaConfig;
+
+    fn start(
+        config: &ProDaConfig,
+        clip: &Clip,
+        classes: &Classes,
+        params: &mut Params,
+    ) -> Result<Self> {
         let (tower, n_prompts) = (clip.text(), config.n_prompts);
-        let context = Context::several(&mut params, tower, n_prompts, config.n_ctx)?;
-        // Refuses names that are too long before any work.
-        ClassTokens::new(tower, classes)?.sentences(context.words())?;
+        let context = Context::several(params, tower, n_prompts, config.n_ctx)?;
         Ok(Self {
-            context,
-            params,
+            context: context.at(ClassTokenPosition::End, tower, classes)?,
             n_prompts,
             prompt_batch: config.prompt_batch,
             alpha: config.alpha,
             surrogate: config.surrogate,
-            history: train::History::default(),
         })
     }
 
-    /// From a prompt file of this method.
-    ///
-    /// # Errors
-    /// [`Error::Prompt`], [`Error::Shape`] or [`Error::Config`] if the file does not fit itself or the weights.
-    pub fn load(file: &PromptFile, clip: &Clip) -> Result<Self> {
-        let config = ProDaConfig::read(&file.config)?;
-        Self::with_tensors(&config, clip, &file.classes, file.seed, &file.tensors)
-    }
-
-    /// Contexts with given values instead of drawn ones, under the authors' key `ctx`.
-    ///
-    /// # Errors
-    /// As [`ProDa::new`] and [`Params::load`].
-    pub fn with_tensors(
-        config: &ProDaConfig,
+    fn complete(
+        config: &mut ProDaConfig,
+        given: &Value,
+        state: &TorchState,
         clip: &Clip,
-        classes: &Classes,
-        seed: u64,
-        tensors: &BTreeMap<String, Tensor>,
-    ) -> Result<Self> {
-        let proda = Self::new(config, clip, classes, seed)?;
-        proda.params.load(tensors)?;
-        Ok(proda)
+    ) -> Result<()> {
+        let (contexts, n_ctx) = context::sizes_in(state, clip.text())?;
+        let Some(n_prompts) = contexts else {
+            return Err(Error::Prompt(
+                "`ctx` of the checkpoint is one context, ProDA has several; is it CoOp's?".into(),
+            ));
+        };
+        (config.n_prompts, config.n_ctx) = (n_prompts, n_ctx);
+        // Only training takes batches of contexts.
+        if given.get("prompt_batch").is_none() && !n_prompts.is_multiple_of(config.prompt_batch) {
+            config.prompt_batch = n_prompts;
+        }
+        Ok(())
     }
+}
 
-    /// How the training went; empty for loaded contexts.
-    pub fn history(&self) -> &train::History {
-        &self.history
-    }
-
+impl ProDa {
     /// Where the class name stands in context `k`'s prompts.
     pub fn position(&self, k: usize) -> ClassTokenPosition {
         match 4 * k / self.n_prompts {
@@ -367,11 +306,7 @@ pub fn diversity(features: &Tensor) -> Result<Tensor> {
     Ok(((all - own)? / (n * (n - 1)).max(1) as f64)?)
 }
 
-impl Predictor for ProDa {
-    fn needs(&self) -> ImageNeeds {
-        ImageNeeds::GlobalFeatures
-    }
-
+impl Objective for ProDa {
     fn classifier<'a>(
         &'a self,
         clip: &'a Clip,
@@ -380,20 +315,6 @@ impl Predictor for ProDa {
         let classes = ClassTokens::new(clip.text(), classes)?;
         let features = self.mean_features(clip, &classes)?;
         Ok(Box::new(TextClassifier::new(clip, features)))
-    }
-
-    fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        self.params.tensors()
-    }
-
-    fn training(&self) -> Option<&train::History> {
-        Some(&self.history).filter(|history| history.kept > 0)
-    }
-}
-
-impl Objective for ProDa {
-    fn params(&self) -> &Params {
-        &self.params
     }
 
     fn loss(&self, clip: &Clip, batch: &Batch<'_>, step: Step) -> Result<Loss> {
@@ -408,15 +329,12 @@ impl Objective for ProDa {
             }
             false => logits.clone(),
         };
-        let ce = ops::cross_entropy(&raised, batch.labels)?;
+        let mut loss = Loss::cross_entropy(raised, batch.labels)?.named("ce");
+        loss.logits = Some(logits);
         let diversity = match of_contexts {
             Some(features) if self.n_prompts > 1 => diversity(&features)?,
-            _ => ce.zeros_like()?,
+            _ => loss.total.zeros_like()?,
         };
-        Ok(Loss {
-            total: (&ce + (&diversity * self.alpha)?)?,
-            terms: vec![("ce", ce), ("diversity", diversity)],
-            logits: Some(logits),
-        })
+        loss.plus(self.alpha, "diversity", diversity)
     }
 }

@@ -19,21 +19,17 @@
 //! - Class-specific contexts with initial words are an error; theirs drops the first silently.
 //! - Images are seen without random crops unless `train.augment = "crop_flip"`.
 
-use std::collections::BTreeMap;
-
 use candle_core::{D, Tensor};
 use cliptune_core::checkpoint::TorchState;
-use cliptune_core::context::{self, Context};
-use cliptune_core::method::{
-    self, AnyMethod, Classifier, Entry, Imported, Method, Paper, Predictor, TextClassifier,
-};
-use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, Prompts};
-use cliptune_core::prompt_file::PromptFile;
+use cliptune_core::context::{self, Context, Length, Start};
+use cliptune_core::learned::{self, Learner};
+use cliptune_core::method::{self, Classifier, Entry, Method, Paper, Settings};
+use cliptune_core::prompt::{ClassTokenPosition, ClassTokens};
 use cliptune_core::subspace;
 use cliptune_core::templates::{self, Sentences};
-use cliptune_core::train::{self, Batch, Loss, Objective, Recipe, Step};
+use cliptune_core::train::{Batch, Loss, Objective, Recipe, Step};
 use cliptune_core::{
-    Classes, Clip, Error, Gradients, ImageNeeds, Labelled, Params, Result, Run, ops,
+    Classes, Clip, Error, Gradients, ImageNeeds, Labelled, Learned, Params, Result, Run, ops,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -55,16 +51,9 @@ pub const ENTRY: Entry = Entry {
     cost: "CoOp's, with a second backward pass; the teacher's text features once",
     needs: ImageNeeds::GlobalFeatures,
     defaults: method::defaults_of::<ProGradConfig>,
-    configure: |settings| Ok(Box::new(ProGradConfig::read(settings)?)),
-    load: |file, clip| Ok(Box::new(ProGrad::load(file, clip)?)),
-    import: Some(|state, settings, clip, classes| {
-        let config = ProGradConfig::of_checkpoint(state, settings, clip)?;
-        let predictor = ProGrad::with_tensors(&config, clip, classes, 0, &state.tensors)?;
-        Ok(Imported {
-            config: AnyMethod::config(&config),
-            predictor: Box::new(predictor),
-        })
-    }),
+    configure: method::configure::<ProGradConfig>,
+    load: learned::load::<ProGrad>,
+    import: Some(learned::import::<ProGrad>),
 };
 
 /// Settings of [`ProGrad`]; the defaults are the paper's.
@@ -110,81 +99,54 @@ impl Default for ProGradConfig {
 }
 
 impl ProGradConfig {
-    /// Settings from a value whose missing keys take their defaults.
-    ///
-    /// # Errors
-    /// [`Error::Config`] naming the key.
-    pub fn read(settings: &Value) -> Result<Self> {
-        let config: Self = method::read_config(ENTRY.slug, settings)?;
-        config.check()?;
-        Ok(config)
-    }
-
-    /// `settings` completed by the shape of a checkpoint's context.
-    fn of_checkpoint(state: &TorchState, settings: &Value, clip: &Clip) -> Result<Self> {
-        let mut config = Self::read(settings)?;
-        let (contexts, n_ctx) = context::sizes_in(state, clip.text())?;
-        config.n_ctx = n_ctx;
-        if contexts.is_some() {
-            // Their code has initial words for a shared context only.
-            (config.class_specific, config.ctx_init) = (true, false);
-        }
-        Ok(config)
-    }
-
-    /// Refuses settings that contradict each other.
-    ///
-    /// # Errors
-    /// [`Error::Config`] naming the key.
-    pub fn check(&self) -> Result<()> {
-        context::check(Some(self.n_ctx))?;
-        if self.class_specific && self.ctx_init {
-            let expected = "initial words give one context for all classes; set ctx_init = false";
-            return Err(Error::config(
-                "class_specific",
-                "true with ctx_init",
-                expected,
-            ));
-        }
-        if !self.lambda.is_finite() {
-            return Err(Error::config("lambda", self.lambda, "a finite number"));
-        }
-        if !(self.temperature.is_finite() && self.temperature > 0.0) {
-            let expected = "a finite number above 0";
-            return Err(Error::config("temperature", self.temperature, expected));
-        }
-        let template = self.sentence()?;
-        if self.ctx_init && template.strip_suffix(" {}.").is_none_or(str::is_empty) {
-            let expected = "a template that ends in ` {}.`, for its words to stand in front of the class name; or ctx_init = false";
-            return Err(Error::config("template", template, expected));
-        }
-        self.train.check()
-    }
-
     /// The template.
     ///
     /// # Errors
     /// [`Error::Config`] for an unknown data set, or a template beside one.
     pub fn sentence(&self) -> Result<&str> {
-        match (&self.template, &self.dataset) {
-            (Some(template), Some(dataset)) => {
-                let expected = format!("either a template or a data set, not `{dataset}` as well");
-                Err(Error::config("template", template, expected))
+        let (own, dataset) = (self.template.as_deref(), self.dataset.as_deref());
+        let chosen = templates::chosen(own, dataset, templates::type_first)?;
+        Ok(chosen.unwrap_or(templates::DEFAULT))
+    }
+
+    fn start(&self) -> Result<Start> {
+        let template = self.sentence()?;
+        let words = match self.ctx_init {
+            true => {
+                let words = template.strip_suffix(" {}.").filter(|w| !w.is_empty());
+                let expected = "a template that ends in ` {}.`, for its words to stand in front of the class name; or ctx_init = false";
+                let missing = || Error::config("template", template, expected);
+                Some(words.ok_or_else(missing)?.to_owned())
             }
-            (Some(template), None) => Ok(template),
-            (None, Some(dataset)) => templates::type_first(dataset),
-            (None, None) => Ok(templates::DEFAULT),
+            false => None,
+        };
+        Ok(Start {
+            length: Length::Fixed(self.n_ctx),
+            words,
+            class_specific: self.class_specific,
+            position: self.class_token_position,
+        })
+    }
+}
+
+impl Settings for ProGradConfig {
+    const SLUG: &'static str = ENTRY.slug;
+
+    fn check(&self) -> Result<()> {
+        if !self.lambda.is_finite() {
+            return Err(Error::config("lambda", self.lambda, "a finite number"));
         }
+        method::check_positive("temperature", self.temperature)?;
+        self.start()?.check()?;
+        self.train.check()
     }
 }
 
 impl Method for ProGradConfig {
     type Data = Labelled;
-    type Fitted = ProGrad;
+    type Fitted = Learned<ProGrad>;
 
-    fn fit(&self, clip: &Clip, data: &Labelled, run: &mut Run) -> Result<ProGrad> {
-        self.check()?;
-        data.check()?;
+    fn fit(&self, clip: &Clip, data: &Labelled, run: &mut Run) -> Result<Learned<ProGrad>> {
         if !(0.0..=1.0).contains(&self.lambda) {
             let warning = format!(
                 "lambda = {}: below 0 it adds to the conflict, above 1 it turns it around",
@@ -192,10 +154,7 @@ impl Method for ProGradConfig {
             );
             run.progress.note(&warning);
         }
-        let mut prograd = ProGrad::new(self, clip, &data.classes, run.seed)?;
-        let settings = serde_json::to_value(self).unwrap_or(Value::Null);
-        prograd.history = train::train(&mut prograd, clip, data, &self.train, &settings, run)?;
-        Ok(prograd)
+        Learned::fit(self, &self.train, clip, data, run)
     }
 }
 
@@ -203,109 +162,53 @@ impl Method for ProGradConfig {
 #[derive(Debug)]
 pub struct ProGrad {
     /// `(n_ctx, width)`, or `(n_cls, n_ctx, width)` if class-specific.
-    context: Context,
-    params: Params,
-    position: ClassTokenPosition,
+    pub context: Context,
     teacher: Sentences,
     lambda: f64,
     temperature: f64,
     /// Of the last step's two gradients.
     cosine: Option<f64>,
-    history: train::History,
 }
 
-impl ProGrad {
-    /// A context at its start.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for contradicting settings or more initial words than vectors, [`Error::PromptTooLong`] if a class
-    /// name leaves no room.
-    pub fn new(config: &ProGradConfig, clip: &Clip, classes: &Classes, seed: u64) -> Result<Self> {
-        config.check()?;
-        let (template, position) = (config.sentence()?, config.class_token_position);
-        let mut params = Params::new(seed);
-        let words = template.strip_suffix(" {}.").filter(|_| config.ctx_init);
-        let context = match words {
-            Some(words) => Context::of_last_words(&mut params, clip.text(), words, config.n_ctx)?,
-            None if config.class_specific => {
-                Context::per_class(&mut params, clip.text(), classes, config.n_ctx)?
-            }
-            None => Context::random(&mut params, clip.text(), config.n_ctx)?,
-        };
-        context.check_position(clip.text(), position)?;
-        let prograd = Self {
-            context,
-            params,
-            position,
-            teacher: Sentences::new(vec![template.to_owned()])?,
-            lambda: config.lambda,
-            temperature: config.temperature,
-            cosine: None,
-            history: train::History::default(),
-        };
-        prograd.prompts(&ClassTokens::new(clip.text(), classes)?)?;
-        Ok(prograd)
-    }
+impl Learner for ProGrad {
+    type Config = ProGradConfig;
 
-    /// From a prompt file of this method.
-    ///
-    /// # Errors
-    /// [`Error::Prompt`], [`Error::Shape`] or [`Error::Config`] if the file does not fit itself or the weights.
-    pub fn load(file: &PromptFile, clip: &Clip) -> Result<Self> {
-        let config = ProGradConfig::read(&file.config)?;
-        Self::with_tensors(&config, clip, &file.classes, file.seed, &file.tensors)
-    }
-
-    /// From a checkpoint of the authors' code. It does not say which template was used: `settings` do.
-    ///
-    /// # Errors
-    /// [`Error::Prompt`] if there is no `ctx`, [`Error::Shape`] if it does not fit the weights or the classes.
-    pub fn import(
-        state: &TorchState,
-        settings: &Value,
-        clip: &Clip,
-        classes: &Classes,
-    ) -> Result<Self> {
-        let config = ProGradConfig::of_checkpoint(state, settings, clip)?;
-        Self::with_tensors(&config, clip, classes, 0, &state.tensors)
-    }
-
-    /// A context with given values instead of its start.
-    ///
-    /// # Errors
-    /// As [`ProGrad::new`] and [`Params::load`].
-    pub fn with_tensors(
+    fn start(
         config: &ProGradConfig,
         clip: &Clip,
         classes: &Classes,
-        seed: u64,
-        tensors: &BTreeMap<String, Tensor>,
+        params: &mut Params,
     ) -> Result<Self> {
-        let prograd = Self::new(config, clip, classes, seed)?;
-        prograd.params.load(tensors)?;
-        Ok(prograd)
+        Ok(Self {
+            context: config.start()?.context(params, clip.text(), classes)?,
+            teacher: Sentences::new(vec![config.sentence()?.to_owned()])?,
+            lambda: config.lambda,
+            temperature: config.temperature,
+            cosine: None,
+        })
     }
 
-    /// How the training went; empty for a loaded context.
-    pub fn history(&self) -> &train::History {
-        &self.history
+    /// The checkpoint does not say which template was used: the settings do.
+    fn complete(
+        config: &mut ProGradConfig,
+        _: &Value,
+        state: &TorchState,
+        clip: &Clip,
+    ) -> Result<()> {
+        let (contexts, n_ctx) = context::sizes_in(state, clip.text())?;
+        config.n_ctx = n_ctx;
+        if contexts.is_some() {
+            // Their code has initial words for a shared context only.
+            (config.class_specific, config.ctx_init) = (true, false);
+        }
+        Ok(())
     }
+}
 
+impl ProGrad {
     /// Cosine of the two gradients of the last step, below 0 where they were in conflict.
     pub fn cosine(&self) -> Option<f64> {
         self.cosine
-    }
-
-    fn prompts(&self, classes: &ClassTokens) -> Result<Prompts> {
-        self.context.prompts(classes, self.position)
-    }
-
-    /// Raw text features of the classes, `(n_cls, embed_dim)`; gradients flow to the context.
-    ///
-    /// # Errors
-    /// [`Error::PromptTooLong`]; [`Error::Prompt`] if class-specific contexts meet another number of classes.
-    pub fn text_features(&self, clip: &Clip, classes: &ClassTokens) -> Result<Tensor> {
-        clip.text().encode(&self.prompts(classes)?)
     }
 
     /// The teacher's class features of unit length, `(n_cls, embed_dim)`.
@@ -326,53 +229,38 @@ impl ProGrad {
     }
 }
 
-impl Predictor for ProGrad {
-    fn needs(&self) -> ImageNeeds {
-        ImageNeeds::GlobalFeatures
-    }
-
+impl Objective for ProGrad {
     fn classifier<'a>(
         &'a self,
         clip: &'a Clip,
         classes: &Classes,
     ) -> Result<Box<dyn Classifier + 'a>> {
-        self.context.check_serves(classes)?;
-        let classes = ClassTokens::new(clip.text(), classes)?;
-        let features = self.text_features(clip, &classes)?.detach();
-        let features = ops::unit_length(&features, "a text feature")?;
-        Ok(Box::new(TextClassifier::new(clip, features)))
-    }
-
-    fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        self.params.tensors()
-    }
-
-    fn training(&self) -> Option<&train::History> {
-        Some(&self.history).filter(|history| history.kept > 0)
-    }
-}
-
-impl Objective for ProGrad {
-    fn params(&self) -> &Params {
-        &self.params
+        self.context.classifier(clip, classes)
     }
 
     fn loss(&self, clip: &Clip, batch: &Batch<'_>, _: Step) -> Result<Loss> {
         let images = batch.images.features()?;
         let teacher = self.teacher_features(clip, batch.classes)?;
         let teacher = clip.unit_logits(images, &teacher)?;
-        let student = clip.cosine_logits(images, &self.text_features(clip, batch.classes)?)?;
+        let student =
+            clip.cosine_logits(images, &self.context.text_features(clip, batch.classes)?)?;
         let kl = self.distillation(&student, &teacher)?;
-        let mut loss = Loss::cross_entropy(student, batch.labels)?;
-        loss.terms = vec![("xe", loss.total.clone()), ("kl", kl)];
+        let mut loss = Loss::cross_entropy(student, batch.labels)?.named("xe");
+        // It steers and is not minimised.
+        loss.terms.push(("kl", kl));
         Ok(loss)
     }
 
-    fn shape_gradients(&mut self, loss: &Loss, gradients: &mut Gradients, _: Step) -> Result<()> {
+    fn shape_gradients(
+        &mut self,
+        params: &Params,
+        loss: &Loss,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
         let Some(kl) = loss.term("kl") else {
             return Ok(());
         };
-        let general = Gradients::of(kl, &self.params)?;
+        let general = Gradients::of(kl, params)?;
         let (Some(task), Some(general)) = (gradients.get(context::KEY), general.get(context::KEY))
         else {
             return Ok(());

@@ -12,7 +12,7 @@
 //! and the data set's own. Both are independent of each other, and together the gradient of the sum is projected.
 //!
 //! Names of the classes that a model is tested on, given as novel ones, make the test transductive in the names: say so
-//! beside the result. The authors do this base to new; elsewhere they give 100 names of ImageNet.
+//! beside the result. The authors do this base to new; elsewhere they give 100 names of ImageNet ([`novel_of_imagenet`]).
 //!
 //! # Differs from the authors' code
 //! - One run makes both trainings; theirs writes checkpoints and components to files that the next script reads. The first
@@ -29,22 +29,20 @@
 //! - Images are seen without random crops unless `train.augment = "crop_flip"`.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use candle_core::Tensor;
 use cliptune_core::checkpoint::TorchState;
-use cliptune_core::context::{self, Context};
-use cliptune_core::method::{
-    self, AnyMethod, Classifier, Entry, Imported, Method, Paper, Predictor, TextClassifier,
-};
+use cliptune_core::context::{self, Context, Length, Start};
+use cliptune_core::learned::{self, Learner};
+use cliptune_core::method::{self, Classifier, Entry, Method, Paper, Settings};
 use cliptune_core::optim::OptimizerConfig;
-use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, Prompts};
-use cliptune_core::prompt_file::PromptFile;
-use cliptune_core::run::CheckpointPlan;
+use cliptune_core::prompt::{ClassTokenPosition, ClassTokens};
 use cliptune_core::subspace::Subspace;
 use cliptune_core::templates::{self, Ensemble, Sentences};
 use cliptune_core::train::{self, Batch, Loss, Objective, Recipe, Step};
 use cliptune_core::{
-    Classes, Clip, Error, Gradients, ImageNeeds, Labelled, Params, Result, Run, ops,
+    Classes, Clip, Error, Gradients, ImageNeeds, Labelled, Learned, Params, Result, Run, ops,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -66,16 +64,9 @@ pub const ENTRY: Entry = Entry {
     cost: "CoOp's steps, and those of the early epochs once more; novel names are encoded like classes",
     needs: ImageNeeds::GlobalFeatures,
     defaults: method::defaults_of::<SubPtConfig>,
-    configure: |settings| Ok(Box::new(SubPtConfig::read(settings)?)),
-    load: |file, clip| Ok(Box::new(SubPt::load(file, clip)?)),
-    import: Some(|state, settings, clip, classes| {
-        let config = SubPtConfig::of_checkpoint(state, settings, clip)?;
-        let predictor = SubPt::with_tensors(&config, clip, classes, 0, &state.tensors)?;
-        Ok(Imported {
-            config: AnyMethod::config(&config),
-            predictor: Box::new(predictor),
-        })
-    }),
+    configure: method::configure::<SubPtConfig>,
+    load: learned::load::<SubPt>,
+    import: Some(learned::import::<SubPt>),
 };
 
 /// Which of its two parts are at work.
@@ -100,6 +91,33 @@ pub enum Restart {
     Start,
     /// At its context after the first epoch.
     FirstEpoch,
+}
+
+/// Classes of ImageNet whose names are the authors' novel ones where the data set has no new classes, in their order.
+const NOVEL_OF_IMAGENET: [usize; 100] = [
+    717, 988, 619, 257, 327, 691, 760, 993, 929, 553, 123, 625, 741, 742, 642, 851, 653, 925, 634,
+    818, 490, 769, 501, 832, 994, 338, 401, 455, 430, 916, 138, 31, 537, 247, 533, 530, 937, 855,
+    762, 874, 604, 340, 838, 888, 892, 128, 719, 858, 20, 336, 670, 699, 751, 588, 346, 913, 465,
+    356, 406, 476, 189, 674, 801, 147, 826, 146, 581, 0, 135, 285, 433, 420, 449, 418, 438, 206,
+    866, 175, 370, 463, 930, 72, 923, 615, 242, 571, 254, 139, 985, 310, 121, 958, 137, 55, 443,
+    692, 523, 863, 59, 186,
+];
+
+/// The authors' 100 novel names for few-shot learning and domain generalisation, for [`SubPtConfig::novel_classes`]: from
+/// all 1,000 names of ImageNet, in the order of their WordNet ids.
+///
+/// # Errors
+/// [`Error::Data`] for another number of names.
+pub fn novel_of_imagenet(imagenet: &Classes) -> Result<Vec<String>> {
+    let names = imagenet.names();
+    if names.len() != 1000 {
+        return Err(Error::Data(format!(
+            "ImageNet has 1000 classes, these are {}",
+            names.len()
+        )));
+    }
+    let novel = NOVEL_OF_IMAGENET.iter();
+    Ok(novel.map(|&label| names[label].clone()).collect())
 }
 
 /// Settings of [`SubPt`]; the defaults are the paper's.
@@ -160,48 +178,21 @@ impl Default for SubPtConfig {
 }
 
 impl SubPtConfig {
-    /// Settings from a value whose missing keys take their defaults.
-    ///
-    /// # Errors
-    /// [`Error::Config`] naming the key.
-    pub fn read(settings: &Value) -> Result<Self> {
-        let config: Self = method::read_config(ENTRY.slug, settings)?;
-        config.check()?;
-        Ok(config)
+    fn start(&self) -> Start {
+        Start {
+            length: Length::Fixed(self.n_ctx),
+            words: context::initial_words(self.ctx_init.as_deref()),
+            class_specific: self.class_specific,
+            position: self.class_token_position,
+        }
     }
 
-    /// `settings` completed by the shape of a checkpoint's context.
-    fn of_checkpoint(state: &TorchState, settings: &Value, clip: &Clip) -> Result<Self> {
-        let mut config = Self::read(settings)?;
-        let (contexts, n_ctx) = context::sizes_in(state, clip.text())?;
-        config.n_ctx = n_ctx;
-        config.class_specific |= contexts.is_some();
-        config.check()?;
-        Ok(config)
+    fn projects(&self) -> bool {
+        self.variant != Variant::Nfl
     }
 
-    /// Refuses settings that contradict each other.
-    ///
-    /// # Errors
-    /// [`Error::Config`] naming the key.
-    pub fn check(&self) -> Result<()> {
-        context::check(Some(self.n_ctx))?;
-        if self.class_specific && self.words().is_some() {
-            let expected =
-                "initial words give one context for all classes; leave one of the two out";
-            return Err(Error::config(
-                "class_specific",
-                "true with ctx_init",
-                expected,
-            ));
-        }
-        if self.projects() {
-            self.check_subspace()?;
-        }
-        if self.learns_novel() {
-            self.check_novel()?;
-        }
-        self.train.check()
+    fn learns_novel(&self) -> bool {
+        self.variant != Variant::Sub
     }
 
     fn check_subspace(&self) -> Result<()> {
@@ -234,46 +225,23 @@ impl SubPtConfig {
             let expected = "novel classes have no context of their own; set it to false";
             return Err(Error::config("class_specific", true, expected));
         }
-        if self.class_token_position != ClassTokenPosition::End {
-            let position = format!("{:?}", self.class_token_position).to_lowercase();
+        let position = self.class_token_position;
+        if position != ClassTokenPosition::End {
             let expected = "end, with the novel feature learner";
             return Err(Error::config("class_token_position", position, expected));
         }
-        if !(self.lambda.is_finite() && self.lambda >= 0.0) {
-            let expected = "a finite number of at least 0";
-            return Err(Error::config("lambda", self.lambda, expected));
-        }
+        method::check_weight("lambda", self.lambda)?;
         self.anchors().map(|_| ())
     }
 
     /// The sentences whose features the novel names are held to.
     fn anchors(&self) -> Result<Sentences> {
-        let own = match (&self.template, &self.dataset) {
-            (Some(template), Some(dataset)) => {
-                let expected = format!("either a template or a data set, not `{dataset}` as well");
-                return Err(Error::config("template", template, expected));
-            }
-            (Some(template), None) => Some(template.as_str()),
-            (None, Some(dataset)) => {
-                let template = templates::type_first(dataset)?;
-                (!templates::is_imagenet(dataset)).then_some(template)
-            }
-            (None, None) => None,
-        };
+        let dataset = self.dataset.as_deref();
+        let own = templates::chosen(self.template.as_deref(), dataset, templates::type_first)?;
+        // ImageNet's is among the eighty.
+        let own = own.filter(|_| !dataset.is_some_and(templates::is_imagenet));
         let list = Ensemble::Imagenet80.templates().iter().copied();
         Sentences::new(list.chain(own).map(str::to_owned).collect())
-    }
-
-    fn words(&self) -> Option<String> {
-        context::initial_words(self.ctx_init.as_deref())
-    }
-
-    fn projects(&self) -> bool {
-        self.variant != Variant::Nfl
-    }
-
-    fn learns_novel(&self) -> bool {
-        self.variant != Variant::Sub
     }
 
     /// Early epochs and directions for a run.
@@ -307,20 +275,34 @@ impl SubPtConfig {
     }
 }
 
+impl Settings for SubPtConfig {
+    const SLUG: &'static str = ENTRY.slug;
+
+    fn check(&self) -> Result<()> {
+        self.start().check()?;
+        if self.projects() {
+            self.check_subspace()?;
+        }
+        if self.learns_novel() {
+            self.check_novel()?;
+        }
+        self.train.check()
+    }
+}
+
 impl Method for SubPtConfig {
     type Data = Labelled;
-    type Fitted = SubPt;
+    type Fitted = Learned<SubPt>;
 
-    fn fit(&self, clip: &Clip, data: &Labelled, run: &mut Run) -> Result<SubPt> {
-        self.check()?;
-        data.check()?;
-        let settings = serde_json::to_value(self).unwrap_or(Value::Null);
-        let mut method = SubPt::new(self, clip, &data.classes, run.seed)?;
-        let mut early = None;
-        if self.projects() {
-            early = self.early_stage(&mut method, clip, data, run)?;
+    fn fit(&self, clip: &Clip, data: &Labelled, run: &mut Run) -> Result<Learned<SubPt>> {
+        if !self.projects() {
+            return Learned::fit(self, &self.train, clip, data, run);
         }
-        method.history = train::train(&mut method, clip, data, &self.train, &settings, run)?;
+        data.check()?;
+        let mut method = Learned::new(self, clip, &data.classes, run.seed)?;
+        let early = self.early_stage(&mut method, clip, data, run)?;
+        let settings = method::value_of(self);
+        train::train(&mut method, clip, data, &self.train, &settings, run)?;
         // What the first training needed to survive a crash is no longer of use.
         if let Some(path) = early {
             let _ = std::fs::remove_file(path);
@@ -333,15 +315,15 @@ impl SubPtConfig {
     /// The first training: gives `method` its subspace, and the path of a checkpoint that may go when all is done.
     fn early_stage(
         &self,
-        method: &mut SubPt,
+        method: &mut Learned<SubPt>,
         clip: &Clip,
         data: &Labelled,
         run: &mut Run,
-    ) -> Result<Option<std::path::PathBuf>> {
+    ) -> Result<Option<PathBuf>> {
         let shots = data.shots();
         let epochs = self.train.epochs_for(shots, data.classes.len());
         let (n_early, rank) = self.subspace_for(shots, epochs)?;
-        let mut first = SubPt::new(self, clip, &data.classes, run.seed)?;
+        let mut first: Learned<SubPt> = Learned::new(self, clip, &data.classes, run.seed)?;
         first.stage = Stage::Collecting {
             contexts: Vec::new(),
             wanted: n_early,
@@ -349,22 +331,15 @@ impl SubPtConfig {
         run.progress.note(&format!(
             "first training: {n_early} epochs, for the subspace of the second"
         ));
-        let settings = serde_json::to_value((self, "early")).unwrap_or(Value::Null);
         // The last epoch that counts is the last one: nothing is chosen here.
         let recipe = Recipe {
             epochs: Some(epochs),
             keep: train::Keep::Last,
             ..self.train.clone()
         };
+        let settings = method::value_of(&(self, "early"));
         let plan = run.checkpoint.clone();
-        let early = plan.as_ref().map(|plan| {
-            let mut path = plan.path.clone().into_os_string();
-            path.push(".early");
-            CheckpointPlan {
-                path: path.into(),
-                every: plan.every,
-            }
-        });
+        let early = plan.as_ref().map(|plan| plan.before("early"));
         run.checkpoint = early.clone();
         let trained = train::train(&mut first, clip, data, &recipe, &settings, run);
         run.checkpoint = plan;
@@ -372,8 +347,7 @@ impl SubPtConfig {
         let Stage::Collecting { contexts, .. } = &first.stage else {
             return Ok(None);
         };
-        let rows = contexts.iter().map(Tensor::flatten_all);
-        let rows = Tensor::stack(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
+        let rows = Tensor::stack(contexts, 0)?.flatten_from(1)?;
         let found = Subspace::principal(&rows, rank)?;
         let held: f64 = found.explained_variance_ratio.iter().sum();
         run.progress.note(&format!(
@@ -382,7 +356,7 @@ impl SubPtConfig {
         ));
         if self.restart == Restart::FirstEpoch {
             let start = (context::KEY.to_owned(), contexts[0].clone());
-            method.params.load(&BTreeMap::from([start]))?;
+            method.params().load(&BTreeMap::from([start]))?;
         }
         method.project_onto(found.subspace)?;
         Ok(early.map(|plan| plan.path))
@@ -393,14 +367,11 @@ impl SubPtConfig {
 #[derive(Debug)]
 pub struct SubPt {
     /// `(n_ctx, width)`, or `(n_cls, n_ctx, width)` if class-specific.
-    context: Context,
-    params: Params,
-    position: ClassTokenPosition,
+    pub context: Context,
     novel: Option<Novel>,
     stage: Stage,
     /// Weight decay that is projected with the gradient.
     confined_decay: Option<f64>,
-    history: train::History,
 }
 
 /// The novel feature learner.
@@ -425,92 +396,58 @@ enum Stage {
     Projecting(Subspace),
 }
 
-impl SubPt {
-    /// A context at its start, without a subspace yet.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for contradicting settings, [`Error::PromptTooLong`] if a class name leaves no room.
-    pub fn new(config: &SubPtConfig, clip: &Clip, classes: &Classes, seed: u64) -> Result<Self> {
-        config.check()?;
-        let mut params = Params::new(seed);
-        let context = match config.words() {
-            Some(words) => Context::of_last_words(&mut params, clip.text(), &words, config.n_ctx)?,
-            None if config.class_specific => {
-                Context::per_class(&mut params, clip.text(), classes, config.n_ctx)?
-            }
-            None => Context::random(&mut params, clip.text(), config.n_ctx)?,
-        };
-        context.check_position(clip.text(), config.class_token_position)?;
+impl Learner for SubPt {
+    type Config = SubPtConfig;
+
+    /// Without a subspace yet.
+    fn start(
+        config: &SubPtConfig,
+        clip: &Clip,
+        classes: &Classes,
+        params: &mut Params,
+    ) -> Result<Self> {
+        let context = config.start().context(params, clip.text(), classes)?;
         let novel = match config.learns_novel() {
-            true => Some(Novel {
-                classes: ClassTokens::new(
-                    clip.text(),
-                    &Classes::new(config.novel_classes.clone())?,
-                )?,
-                anchors: config.anchors()?,
-                lambda: config.lambda,
-            }),
+            true => {
+                let names = Classes::new(config.novel_classes.clone())?;
+                let classes = ClassTokens::new(clip.text(), &names)?;
+                classes.sentences(context.words())?;
+                Some(Novel {
+                    classes,
+                    anchors: config.anchors()?,
+                    lambda: config.lambda,
+                })
+            }
             false => None,
         };
         let confined_decay = match config.train.optimizer {
             OptimizerConfig::Sgd { weight_decay, .. } if config.confine_decay => Some(weight_decay),
             _ => None,
         };
-        let method = Self {
+        Ok(Self {
             context,
-            params,
-            position: config.class_token_position,
             novel,
             stage: Stage::Plain,
             confined_decay,
-            history: train::History::default(),
-        };
-        method.prompts(&[&ClassTokens::new(clip.text(), classes)?])?;
-        if let Some(novel) = &method.novel {
-            method.prompts(&[&novel.classes])?;
-        }
-        Ok(method)
+        })
     }
 
-    /// From a prompt file of this method.
-    ///
-    /// # Errors
-    /// [`Error::Prompt`], [`Error::Shape`] or [`Error::Config`] if the file does not fit itself or the weights.
-    pub fn load(file: &PromptFile, clip: &Clip) -> Result<Self> {
-        let config = SubPtConfig::read(&file.config)?;
-        Self::with_tensors(&config, clip, &file.classes, file.seed, &file.tensors)
-    }
-
-    /// From a checkpoint of the authors' code. What it was trained along, and the novel names, are not needed to predict.
-    ///
-    /// # Errors
-    /// [`Error::Prompt`] if there is no `ctx`, [`Error::Shape`] if it does not fit the weights or the classes.
-    pub fn import(
+    /// What the context was trained along, and the novel names, are not needed to predict.
+    fn complete(
+        config: &mut SubPtConfig,
+        given: &Value,
         state: &TorchState,
-        settings: &Value,
         clip: &Clip,
-        classes: &Classes,
-    ) -> Result<Self> {
-        let config = SubPtConfig::of_checkpoint(state, settings, clip)?;
-        Self::with_tensors(&config, clip, classes, 0, &state.tensors)
+    ) -> Result<()> {
+        let (contexts, n_ctx) = context::sizes_in(state, clip.text())?;
+        config.n_ctx = n_ctx;
+        config.class_specific |= contexts.is_some();
+        config.ctx_init = context::words_in(given);
+        Ok(())
     }
+}
 
-    /// A context with given values instead of its start.
-    ///
-    /// # Errors
-    /// As [`SubPt::new`] and [`Params::load`].
-    pub fn with_tensors(
-        config: &SubPtConfig,
-        clip: &Clip,
-        classes: &Classes,
-        seed: u64,
-        tensors: &BTreeMap<String, Tensor>,
-    ) -> Result<Self> {
-        let method = Self::new(config, clip, classes, seed)?;
-        method.params.load(tensors)?;
-        Ok(method)
-    }
-
+impl SubPt {
     /// Projects every gradient from now on.
     ///
     /// # Errors
@@ -536,107 +473,55 @@ impl SubPt {
         }
     }
 
-    /// How the training went, the second where there were two; empty for a loaded context.
-    pub fn history(&self) -> &train::History {
-        &self.history
-    }
-
-    /// The context before the names of several lists of classes, one list after the other.
-    fn prompts(&self, lists: &[&ClassTokens]) -> Result<Prompts> {
-        if let [classes] = lists {
-            return self.context.prompts(classes, self.position);
-        }
-        let mut prompts = Prompts::new();
-        let source = prompts.learn(self.context.tensor());
-        for classes in lists {
-            let woven = classes.woven(self.context.words(), self.context.n_ctx())?;
-            for prompt in woven.around(source, |_| 0, self.position) {
-                prompts.push(prompt);
-            }
-        }
-        Ok(prompts)
-    }
-
-    /// Raw text features of the classes, `(n_cls, embed_dim)`; gradients flow to the context.
-    ///
-    /// # Errors
-    /// [`Error::PromptTooLong`]; [`Error::Prompt`] if class-specific contexts meet another number of classes.
-    pub fn text_features(&self, clip: &Clip, classes: &ClassTokens) -> Result<Tensor> {
-        clip.text().encode(&self.prompts(&[classes])?)
-    }
-
     /// Text features of unit length of the novel names, `(novel, embed_dim)`: with the learned context, and of the
     /// sentences that they are held to. `None` without NFL.
     ///
     /// # Errors
-    /// As [`SubPt::text_features`] and [`Sentences::mean`].
+    /// As [`Context::text_features`] and [`Sentences::mean`].
     pub fn novel_features(&self, clip: &Clip) -> Result<Option<(Tensor, Tensor)>> {
         let Some(novel) = &self.novel else {
             return Ok(None);
         };
-        let learned = self.text_features(clip, &novel.classes)?;
+        let learned = self.context.text_features(clip, &novel.classes)?;
         let learned = ops::unit_length(&learned, "a novel text feature")?;
         Ok(Some((learned, novel.anchors.mean(clip, &novel.classes)?)))
     }
 }
 
-impl Predictor for SubPt {
-    fn needs(&self) -> ImageNeeds {
-        ImageNeeds::GlobalFeatures
-    }
-
+impl Objective for SubPt {
     fn classifier<'a>(
         &'a self,
         clip: &'a Clip,
         classes: &Classes,
     ) -> Result<Box<dyn Classifier + 'a>> {
-        self.context.check_serves(classes)?;
-        let classes = ClassTokens::new(clip.text(), classes)?;
-        let features = self.text_features(clip, &classes)?.detach();
-        let features = ops::unit_length(&features, "a text feature")?;
-        Ok(Box::new(TextClassifier::new(clip, features)))
-    }
-
-    fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        self.params.tensors()
-    }
-
-    fn training(&self) -> Option<&train::History> {
-        Some(&self.history).filter(|history| history.kept > 0)
-    }
-}
-
-impl Objective for SubPt {
-    fn params(&self) -> &Params {
-        &self.params
+        self.context.classifier(clip, classes)
     }
 
     fn loss(&self, clip: &Clip, batch: &Batch<'_>, _: Step) -> Result<Loss> {
         let images = batch.images.features()?;
         let Some(novel) = &self.novel else {
-            let text = self.text_features(clip, batch.classes)?;
+            let text = self.context.text_features(clip, batch.classes)?;
             return Loss::cross_entropy(clip.cosine_logits(images, &text)?, batch.labels);
         };
         // One pass for both lists, which share what stands in front of the names.
-        let text = clip
-            .text()
-            .encode(&self.prompts(&[batch.classes, &novel.classes])?)?;
+        let prompts = self.context.prompts_of(&[batch.classes, &novel.classes])?;
+        let text = clip.text().encode(&prompts)?;
         let n_cls = batch.classes.len();
         let logits = clip.cosine_logits(images, &text.narrow(0, 0, n_cls)?)?;
         let learned = text.narrow(0, n_cls, novel.classes.len())?;
         let learned = ops::unit_length(&learned, "a novel text feature")?;
         let anchors = novel.anchors.mean(clip, &novel.classes)?;
         let nfl = ops::cosine_distance(&learned, &anchors)?;
-        let mut loss = Loss::cross_entropy(logits, batch.labels)?;
-        loss.terms = vec![("xe", loss.total.clone()), ("nfl", nfl.clone())];
-        loss.total = (loss.total + (nfl * novel.lambda)?)?;
-        Ok(loss)
+        Loss::cross_entropy(logits, batch.labels)?
+            .named("xe")
+            .plus(novel.lambda, "nfl", nfl)
     }
 
-    fn shape_gradients(&mut self, _: &Loss, gradients: &mut Gradients, _: Step) -> Result<()> {
-        let (Stage::Projecting(subspace), Some(gradient)) =
-            (&self.stage, gradients.get(context::KEY))
-        else {
+    fn shape_gradients(&mut self, _: &Params, _: &Loss, gradients: &mut Gradients) -> Result<()> {
+        let Stage::Projecting(subspace) = &self.stage else {
+            return Ok(());
+        };
+        let Some(gradient) = gradients.get(context::KEY) else {
             return Ok(());
         };
         let projected = match self.confined_decay {

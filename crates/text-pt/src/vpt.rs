@@ -18,23 +18,20 @@
 //! - Initial words whose number of tokens differs from `n_ctx` are an error.
 //! - Images are seen without random crops unless `train.augment = "crop_flip"` asks for the authors' transform.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{DType, Device, Tensor};
 use cliptune_core::checkpoint::TorchState;
-use cliptune_core::context::{self, Context};
-use cliptune_core::layers::Affine;
-use cliptune_core::method::{
-    self, AnyMethod, Classifier, Entry, Imported, Method, Paper, Predictor,
-};
-use cliptune_core::prompt::{ClassTokenPosition, ClassTokens};
-use cliptune_core::prompt_file::PromptFile;
+use cliptune_core::context::{self, Context, Start};
+use cliptune_core::layers::{Mlp, Nonlinearity};
+use cliptune_core::learned::{self, Learner};
+use cliptune_core::method::{self, Classifier, Entry, Method, Paper, Settings};
+use cliptune_core::prompt::ClassTokens;
 use cliptune_core::rng::Rng;
-use cliptune_core::train::{self, Batch, Loss, Objective, Recipe, Step};
+use cliptune_core::train::{Batch, Loss, Objective, Recipe, Step};
 use cliptune_core::{
-    Classes, Clip, Error, ImageBatch, ImageNeeds, Labelled, Param, Params, Result, Run, ops,
-    templates,
+    Classes, Clip, Error, ImageBatch, ImageNeeds, Labelled, Learned, Param, Params, Result, Run,
+    ops, templates,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -56,16 +53,9 @@ pub const ENTRY: Entry = Entry {
     cost: "text tower forward and backward for every class and sample at each step; when predicting once in all (coopvpt) or for every image (cocoopvpt); images are encoded once",
     needs: ImageNeeds::GlobalFeatures,
     defaults: method::defaults_of::<VptConfig>,
-    configure: |settings| Ok(Box::new(VptConfig::read(settings)?)),
-    load: |file, clip| Ok(Box::new(Vpt::load(file, clip)?)),
-    import: Some(|state, settings, clip, classes| {
-        let config = VptConfig::of_checkpoint(state, settings, clip)?;
-        let predictor = Vpt::with_tensors(&config, clip, classes, 0, &state.tensors)?;
-        Ok(Imported {
-            config: AnyMethod::config(&config),
-            predictor: Box::new(predictor),
-        })
-    }),
+    configure: method::configure::<VptConfig>,
+    load: learned::load::<Vpt>,
+    import: Some(learned::import::<Vpt>),
 };
 
 /// What the distribution depends on.
@@ -168,62 +158,8 @@ impl VptConfig {
     /// Context tokens without initial words (paper: M = 4).
     pub const N_CTX: usize = 4;
 
-    /// Settings from a value whose missing keys take their defaults.
-    ///
-    /// # Errors
-    /// [`Error::Config`] naming the key.
-    pub fn read(settings: &Value) -> Result<Self> {
-        let config: Self = method::read_config(ENTRY.slug, settings)?;
-        config.check()?;
-        Ok(config)
-    }
-
-    /// `settings` completed by what the checkpoint holds.
-    fn of_checkpoint(state: &TorchState, settings: &Value, clip: &Clip) -> Result<Self> {
-        let mut config = Self::read(settings)?;
-        let found = match state.tensors.contains_key("mean_posterior") {
-            true => VptType::CoopVpt,
-            false => VptType::CocoopVpt,
-        };
-        if settings.get("vpt_type").is_some() && config.vpt_type != found {
-            return Err(Error::Prompt(format!(
-                "the checkpoint is of {found:?}, the settings say {:?}; leave vpt_type out",
-                config.vpt_type
-            )));
-        }
-        config.vpt_type = found;
-        config.n_ctx = Some(context::shared_in(state, clip.text())?);
-        // What the context started from no longer matters unless the caller says it.
-        if settings.get("ctx_init").is_none() {
-            config.ctx_init = None;
-        }
-        config.check()?;
-        Ok(config)
-    }
-
-    /// Refuses settings that cannot be used.
-    ///
-    /// # Errors
-    /// [`Error::Config`] naming the key.
-    pub fn check(&self) -> Result<()> {
-        context::check(self.n_ctx)?;
-        if self.samples == Some(0) {
-            return Err(Error::config("samples", 0, "at least one sample"));
-        }
-        if !(self.kl_weight.is_finite() && self.kl_weight >= 0.0) {
-            let expected = "a finite number of at least 0";
-            return Err(Error::config("kl_weight", self.kl_weight, expected));
-        }
-        if self.strict && self.vpt_type == VptType::CocoopVpt && self.train.batch_size != 1 {
-            let expected = "the authors' cocoopvpt is right for one image a step only; take 1 or leave out strict";
-            return Err(Error::config(
-                "train.batch_size",
-                self.train.batch_size,
-                expected,
-            ));
-        }
-        self.samples_and_epochs()?;
-        self.train.check()
+    fn start(&self) -> Start {
+        Start::of_words(self.ctx_init.as_deref(), self.n_ctx, Self::N_CTX)
     }
 
     /// L and the number of epochs.
@@ -247,49 +183,36 @@ impl VptConfig {
     }
 }
 
+impl Settings for VptConfig {
+    const SLUG: &'static str = ENTRY.slug;
+
+    fn check(&self) -> Result<()> {
+        self.start().check()?;
+        if self.samples == Some(0) {
+            return Err(Error::config("samples", 0, "at least one sample"));
+        }
+        method::check_weight("kl_weight", self.kl_weight)?;
+        let batch_size = self.train.batch_size;
+        if self.strict && self.vpt_type == VptType::CocoopVpt && batch_size != 1 {
+            let expected = "the authors' cocoopvpt is right for one image a step only; take 1 or leave out strict";
+            return Err(Error::config("train.batch_size", batch_size, expected));
+        }
+        self.samples_and_epochs()?;
+        self.train.check()
+    }
+}
+
 impl Method for VptConfig {
     type Data = Labelled;
-    type Fitted = Vpt;
+    type Fitted = Learned<Vpt>;
 
-    fn fit(&self, clip: &Clip, data: &Labelled, run: &mut Run) -> Result<Vpt> {
-        self.check()?;
-        data.check()?;
+    fn fit(&self, clip: &Clip, data: &Labelled, run: &mut Run) -> Result<Learned<Vpt>> {
         let recipe = Recipe {
             epochs: Some(self.samples_and_epochs()?.1),
             ..self.train.clone()
         };
-        let mut vpt = Vpt::new(self, clip, &data.classes, run.seed)?;
-        let settings = serde_json::to_value(self).unwrap_or(Value::Null);
-        vpt.history = train::train(&mut vpt, clip, data, &recipe, &settings, run)?;
-        Ok(vpt)
+        Learned::fit(self, &recipe, clip, data, run)
     }
-}
-
-/// Three affine maps with ELUs between them.
-#[derive(Debug)]
-struct Mlp(Box<[Affine; 3]>);
-
-impl Mlp {
-    fn new(params: &mut Params, name: &str, embed_dim: usize, width: usize) -> Result<Self> {
-        let hidden = embed_dim / 2;
-        Ok(Self(Box::new([
-            Affine::new(params, &format!("{name}.module.0"), (hidden, embed_dim))?,
-            Affine::new(params, &format!("{name}.module.2"), (hidden, hidden))?,
-            Affine::new(params, &format!("{name}.module.4"), (width, hidden))?,
-        ])))
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let [first, second, last] = &*self.0;
-        let x = elu(&first.forward(x)?)?;
-        last.forward(&elu(&second.forward(&x)?)?)
-    }
-}
-
-/// `x` where it is positive, else `exp(x) − 1`. The exponential never sees a positive number, so it cannot overflow.
-fn elu(x: &Tensor) -> Result<Tensor> {
-    let negative = x.neg()?.relu()?.neg()?;
-    Ok((x.relu()? + negative.exp()?.affine(1.0, -1.0)?)?)
 }
 
 /// Where the distribution of the added vector comes from.
@@ -306,100 +229,94 @@ enum Posterior {
     },
 }
 
+impl Posterior {
+    /// It is wide at its start: with `coopvpt` every dimension has a standard deviation of 1 to 1.65, where token embeddings
+    /// have 0.01 to 0.02.
+    fn start(vpt_type: VptType, clip: &Clip, params: &mut Params) -> Result<Self> {
+        let (width, embed_dim) = (clip.text().width(), clip.image().embed_dim());
+        match vpt_type {
+            VptType::CoopVpt => {
+                let zeros = Tensor::zeros((1, width), DType::F32, &Device::Cpu)?;
+                Ok(Self::Learned {
+                    mean: params.copied("mean_posterior", &zeros)?,
+                    log_variance: params.uniform("std_posterior", (1, width), (0.0, 1.0))?,
+                })
+            }
+            VptType::CocoopVpt => {
+                let mut network = |name: &str| {
+                    let hidden = embed_dim / 2;
+                    let widths = [(0, hidden), (2, hidden), (4, width)];
+                    let layers = widths.map(|(i, width)| (format!("{name}.module.{i}"), width));
+                    Mlp::new(params, embed_dim, &layers, Nonlinearity::Elu)
+                };
+                Ok(Self::OfImage {
+                    mean: network("meta_net.weight_mean")?,
+                    log_variance: network("meta_net.weight_log_variance")?,
+                })
+            }
+        }
+    }
+}
+
 /// A learned distribution of contexts.
 #[derive(Debug)]
 pub struct Vpt {
     /// `(n_ctx, width)`.
     context: Context,
     posterior: Posterior,
-    params: Params,
     samples: usize,
     bound: Bound,
     kl_weight: f64,
     prediction: Prediction,
     /// Determines the samples that predict.
     seed: u64,
-    history: train::History,
 }
 
-impl Vpt {
-    /// A distribution at its start. It is wide: with `coopvpt` every dimension has a standard deviation of 1 to 1.65, where
-    /// token embeddings have 0.01 to 0.02.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for contradicting settings, [`Error::PromptTooLong`] if a class name leaves no room.
-    pub fn new(config: &VptConfig, clip: &Clip, classes: &Classes, seed: u64) -> Result<Self> {
-        config.check()?;
-        let (width, embed_dim) = (clip.text().width(), clip.image().embed_dim());
-        let mut params = Params::new(seed);
-        let context = match context::initial_words(config.ctx_init.as_deref()) {
-            Some(words) => Context::of_words(&mut params, clip.text(), &words, config.n_ctx)?,
-            None => {
-                let n_ctx = config.n_ctx.unwrap_or(VptConfig::N_CTX);
-                Context::random(&mut params, clip.text(), n_ctx)?
-            }
-        };
-        let posterior = match config.vpt_type {
-            VptType::CoopVpt => {
-                let zeros = Tensor::zeros((1, width), DType::F32, &Device::Cpu)?;
-                Posterior::Learned {
-                    mean: params.copied("mean_posterior", &zeros)?,
-                    log_variance: params.uniform("std_posterior", (1, width), (0.0, 1.0))?,
-                }
-            }
-            VptType::CocoopVpt => {
-                let mut mlp = |name| Mlp::new(&mut params, name, embed_dim, width);
-                Posterior::OfImage {
-                    mean: mlp("meta_net.weight_mean")?,
-                    log_variance: mlp("meta_net.weight_log_variance")?,
-                }
-            }
-        };
-        // Refuses names that are too long before any work.
-        ClassTokens::new(clip.text(), classes)?.sentences(context.words())?;
+impl Learner for Vpt {
+    type Config = VptConfig;
+
+    fn start(
+        config: &VptConfig,
+        clip: &Clip,
+        classes: &Classes,
+        params: &mut Params,
+    ) -> Result<Self> {
         Ok(Self {
-            context,
-            posterior,
-            params,
+            context: config.start().context(params, clip.text(), classes)?,
+            posterior: Posterior::start(config.vpt_type, clip, params)?,
             samples: config.samples_and_epochs()?.0,
             bound: config.bound,
             kl_weight: config.kl_weight,
             prediction: config.prediction,
-            seed,
-            history: train::History::default(),
+            seed: params.seed(),
         })
     }
 
-    /// From a prompt file of this method.
-    ///
-    /// # Errors
-    /// [`Error::Prompt`], [`Error::Shape`] or [`Error::Config`] if the file does not fit itself or the weights.
-    pub fn load(file: &PromptFile, clip: &Clip) -> Result<Self> {
-        let config = VptConfig::read(&file.config)?;
-        Self::with_tensors(&config, clip, &file.classes, file.seed, &file.tensors)
-    }
-
-    /// A distribution with given values instead of drawn ones, under the authors' keys.
-    ///
-    /// # Errors
-    /// As [`Vpt::new`] and [`Params::load`].
-    pub fn with_tensors(
-        config: &VptConfig,
+    fn complete(
+        config: &mut VptConfig,
+        given: &Value,
+        state: &TorchState,
         clip: &Clip,
-        classes: &Classes,
-        seed: u64,
-        tensors: &BTreeMap<String, Tensor>,
-    ) -> Result<Self> {
-        let vpt = Self::new(config, clip, classes, seed)?;
-        vpt.params.load(tensors)?;
-        Ok(vpt)
+    ) -> Result<()> {
+        let learned = ["mean_posterior", "std_posterior"];
+        let found = match learned.iter().any(|&key| state.tensors.contains_key(key)) {
+            true => VptType::CoopVpt,
+            false => VptType::CocoopVpt,
+        };
+        if given.get("vpt_type").is_some() && config.vpt_type != found {
+            return Err(Error::Prompt(format!(
+                "the checkpoint is of {found:?}, the settings say {:?}; leave vpt_type out",
+                config.vpt_type
+            )));
+        }
+        config.vpt_type = found;
+        config.n_ctx = Some(context::shared_in(state, clip.text())?);
+        config.ctx_init = context::words_in(given);
+        Ok(())
     }
+}
 
-    /// How the training went; empty for a loaded distribution.
-    pub fn history(&self) -> &train::History {
-        &self.history
-    }
-
+impl Vpt {
     /// Samples per step and prediction (paper: L).
     pub fn samples(&self) -> usize {
         self.samples
@@ -443,20 +360,17 @@ impl Vpt {
     /// Raw text features `(L, images, n_cls, embed_dim)` of contexts `(L, images, n_ctx, width)`.
     ///
     /// # Errors
-    /// [`Error::PromptTooLong`], [`Error::Shape`].
+    /// As [`Context::text_features_under`].
     pub fn text_features(
         &self,
         clip: &Clip,
         classes: &ClassTokens,
         contexts: &Tensor,
     ) -> Result<Tensor> {
-        let (samples, images, n_ctx, width) = contexts.dims4()?;
-        let contexts = contexts.reshape((samples * images, n_ctx, width))?;
-        let words = self.context.words();
-        let prompts = classes.weave_each(&contexts, words, ClassTokenPosition::End)?;
-        let features = clip.text().encode(&prompts)?;
-        let embed_dim = features.dim(1)?;
-        Ok(features.reshape((samples, images, classes.len(), embed_dim))?)
+        let (samples, images, _, _) = contexts.dims4()?;
+        let contexts = contexts.flatten(0, 1)?;
+        let features = self.context.text_features_under(&contexts, clip, classes)?;
+        Ok(features.reshape((samples, images, classes.len(), ()))?)
     }
 
     /// Log-probabilities `(L, batch, n_cls)` of unit image features `(batch, embed_dim)` under unit text features
@@ -500,11 +414,12 @@ impl Vpt {
             Bound::Elbo => ops::negative_log_likelihood(&log_probs.mean(0)?, batch.labels)?,
         };
         let kl = kl_to_standard(&posterior)?;
-        Ok(Loss {
-            total: (&task + (&kl * self.kl_weight)?)?,
-            terms: vec![("task", task), ("kl", kl)],
+        let loss = Loss {
+            total: task,
+            terms: Vec::new(),
             logits: Some(logits),
-        })
+        };
+        loss.named("task").plus(self.kl_weight, "kl", kl)
     }
 
     fn depends_on_image(&self) -> bool {
@@ -580,11 +495,7 @@ impl Classifier for Sampled<'_> {
     }
 }
 
-impl Predictor for Vpt {
-    fn needs(&self) -> ImageNeeds {
-        ImageNeeds::GlobalFeatures
-    }
-
+impl Objective for Vpt {
     fn classifier<'a>(
         &'a self,
         clip: &'a Clip,
@@ -606,20 +517,6 @@ impl Predictor for Vpt {
             sampled.text = Some(sampled.text_features(&none, rng)?);
         }
         Ok(Box::new(sampled))
-    }
-
-    fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        self.params.tensors()
-    }
-
-    fn training(&self) -> Option<&train::History> {
-        Some(&self.history).filter(|history| history.kept > 0)
-    }
-}
-
-impl Objective for Vpt {
-    fn params(&self) -> &Params {
-        &self.params
     }
 
     fn loss(&self, clip: &Clip, batch: &Batch<'_>, step: Step) -> Result<Loss> {

@@ -4,12 +4,13 @@
 //! the unit text features over the templates, scaled to unit length again.
 
 use candle_core::Tensor;
-use cliptune_core::method::{self, Classifier, Entry, Method, Paper, Predictor, TextClassifier};
+use cliptune_core::method::{
+    self, Classifier, Entry, Method, Paper, Predictor, Settings, TextClassifier,
+};
 use cliptune_core::prompt::ClassTokens;
 use cliptune_core::templates::{self, Ensemble, Sentences};
 use cliptune_core::{Classes, Clip, Error, ImageNeeds, Labelled, Result, Run};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 /// The registry's entry.
 pub const ENTRY: Entry = Entry {
@@ -28,7 +29,7 @@ pub const ENTRY: Entry = Entry {
     cost: "text tower forward once per class and template",
     needs: ImageNeeds::GlobalFeatures,
     defaults: method::defaults_of::<ZeroShotConfig>,
-    configure: |settings| Ok(Box::new(ZeroShotConfig::read(settings)?)),
+    configure: method::configure::<ZeroShotConfig>,
     load: |file, _| {
         Ok(Box::new(ZeroShot::new(&ZeroShotConfig::read(
             &file.config,
@@ -57,16 +58,6 @@ impl ZeroShotConfig {
             templates: vec![template.to_owned()],
             ..Self::default()
         }
-    }
-
-    /// Settings from a value whose missing keys take their defaults.
-    ///
-    /// # Errors
-    /// [`Error::Config`] naming the key.
-    pub fn read(settings: &Value) -> Result<Self> {
-        let config: Self = method::read_config(ENTRY.slug, settings)?;
-        config.resolve()?;
-        Ok(config)
     }
 
     /// The sentences.
@@ -107,6 +98,14 @@ impl ZeroShotConfig {
             list.push(own.to_owned());
         }
         Ok(list)
+    }
+}
+
+impl Settings for ZeroShotConfig {
+    const SLUG: &'static str = ENTRY.slug;
+
+    fn check(&self) -> Result<()> {
+        self.resolve().map(|_| ())
     }
 }
 

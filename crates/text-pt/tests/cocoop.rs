@@ -6,20 +6,20 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, IndexOp, Tensor};
 use cliptune_core::checkpoint::TorchState;
-use cliptune_core::method::{Method, Predictor};
+use cliptune_core::method::{Method, Predictor, Settings};
 use cliptune_core::prompt::ClassTokens;
 use cliptune_core::train::Objective;
-use cliptune_core::{Clip, ImageBatch, Result, Run, ops};
+use cliptune_core::{Clip, ImageBatch, Learned, Result, Run, ops};
 use cliptune_text_pt::{CoCoOp, CoCoOpConfig, CoOp, CoOpConfig, ZeroShot, ZeroShotConfig, cocoop};
 use common::*;
 use serde_json::json;
 
-fn cocoop(clip: &Clip) -> Result<CoCoOp> {
-    CoCoOp::new(&CoCoOpConfig::default(), clip, &flowers()?, 1)
+fn cocoop(clip: &Clip) -> Result<Learned<CoCoOp>> {
+    Learned::<CoCoOp>::new(&CoCoOpConfig::default(), clip, &flowers()?, 1)
 }
 
 /// With a Meta-Net large enough that images differ visibly.
-fn lively(clip: &Clip) -> Result<CoCoOp> {
+fn lively(clip: &Clip) -> Result<Learned<CoCoOp>> {
     let method = cocoop(clip)?;
     let tensors = method.params().tensors()?.into_iter();
     let tensors = tensors.map(|(name, t)| match name.starts_with("meta_net") {
@@ -46,7 +46,7 @@ fn a_meta_net_of_zeros_is_coop_for_every_image() -> Result<()> {
         ctx_init: Some("a photo of a".into()),
         ..CoOpConfig::default()
     };
-    let coop = CoOp::new(&config, &clip, &names, 1)?;
+    let coop = Learned::<CoOp>::new(&config, &clip, &names, 1)?;
     let zeroshot = ZeroShot::new(&ZeroShotConfig::template("a photo of a {}."))?;
     let ours = logits(&method, &clip, &names)?;
     assert!(difference(&ours, &logits(&coop, &clip, &names)?)? < 1e-5);
@@ -72,7 +72,10 @@ fn an_image_is_judged_alone_and_only_by_its_direction() -> Result<()> {
     // And images do differ in their prompts, not only in their features.
     let unit = ops::unit_length(features, "image")?;
     let tokens = ClassTokens::new(clip.text(), &names)?;
-    let text = method.text_features(&clip, &tokens, &method.contexts(&unit)?)?;
+    let contexts = method.contexts(&unit)?;
+    let text = method
+        .context
+        .text_features_under(&contexts, &clip, &tokens)?;
     assert_eq!(text.dims(), [4, 3, 32]);
     assert!(difference(&text.i(0)?, &text.i(1)?)? > 1e-3);
     Ok(())
@@ -185,7 +188,7 @@ fn the_authors_checkpoint_is_read_for_any_classes() -> Result<()> {
         ctx_init: None,
         ..CoCoOpConfig::default()
     };
-    let method = CoCoOp::new(&config, &clip, &names, 5)?;
+    let method = Learned::<CoCoOp>::new(&config, &clip, &names, 5)?;
     let mut tensors: BTreeMap<String, Tensor> = method.tensors()?.into_iter().collect();
     let half = |t: &Tensor| t.to_dtype(DType::F16);
     let zeros = |shape: (usize, usize, usize)| Tensor::zeros(shape, DType::F16, &Device::Cpu);
@@ -241,7 +244,8 @@ fn misuse_is_refused() -> Result<()> {
         ),
         (json!({"n_ctx": 75, "ctx_init": ""}), "text tower takes 77"),
     ] {
-        let outcome = CoCoOpConfig::read(&settings).and_then(|c| CoCoOp::new(&c, &clip, &names, 1));
+        let outcome = CoCoOpConfig::read(&settings)
+            .and_then(|c| Learned::<CoCoOp>::new(&c, &clip, &names, 1));
         let found = refused(outcome);
         assert!(found.contains(expected), "{found}");
     }

@@ -1,64 +1,22 @@
-//! CoOp's checks: what its card promises, on a tiny random CLIP.
+//! CoOp's checks, on a tiny random CLIP.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+#![allow(clippy::unwrap_used)] // Helpers too: a missing value is a failed test.
+
+mod common;
+
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use candle_core::{Device, IndexOp, Tensor};
-use cliptune_core::checkpoint::random;
-use cliptune_core::method::{Method, Predictor};
-use cliptune_core::prompt::{ClassTokenPosition, ClassTokens};
-use cliptune_core::rng::Rng;
-use cliptune_core::run::{CheckpointPlan, Progress, TrainStatus};
-use cliptune_core::task::{MemoryImages, Split};
-use cliptune_core::train::{Batch, Keep, Objective, Step, gradients};
-use cliptune_core::{
-    Activation, Arch, Classes, Clip, Error, ImageBatch, Labelled, Result, Run, Storage, VisionArch,
-};
-use cliptune_text_pt::{CoOp, CoOpConfig, ZeroShot, ZeroShotConfig};
+use cliptune_core::checkpoint::TorchState;
+use cliptune_core::method::{Method, Predictor, Settings};
+use cliptune_core::prompt::ClassTokenPosition;
+use cliptune_core::run::CheckpointPlan;
+use cliptune_core::train::Keep;
+use cliptune_core::{Classes, Clip, Error, Learned, Result, Run};
+use cliptune_text_pt::{CoOp, CoOpConfig, ZeroShot, ZeroShotConfig, coop};
+use common::*;
 use serde_json::json;
-
-fn clip() -> Result<Clip> {
-    let arch = Arch {
-        embed_dim: 32,
-        image_resolution: 32,
-        vision: VisionArch::Vit {
-            layers: 1,
-            width: 64,
-            patch_size: 16,
-        },
-        context_length: 77,
-        vocab_size: 49_408,
-        text_width: 64,
-        text_layers: 2,
-        activation: Activation::QuickGelu,
-    };
-    Clip::from_checkpoint(random(&arch, 1)?, Storage::F32)
-}
-
-fn classes(names: &[&str]) -> Result<Classes> {
-    Classes::new(names.iter().map(|n| (*n).to_owned()).collect())
-}
-
-fn flowers() -> Result<Classes> {
-    classes(&["daisy", "common_sunflower", "hard-leaved pocket orchid"])
-}
-
-fn images(n: usize) -> Result<Tensor> {
-    let values = Rng::stream(9, "pixels", &[]).normal(n * 3 * 32 * 32);
-    let values: Vec<f32> = values.into_iter().map(|x| x as f32).collect();
-    Ok(Tensor::from_vec(values, (n, 3, 32, 32), &Device::Cpu)?)
-}
-
-fn data() -> Result<Labelled> {
-    let source = Arc::new(MemoryImages::new(images(14)?));
-    let items = |range: std::ops::Range<usize>| range.map(|i| (i, (i % 3) as u32)).collect();
-    Ok(Labelled {
-        train: Split::new(source.clone(), items(0..11))?,
-        val: Some(Split::new(source, items(11..14))?),
-        classes: flowers()?,
-    })
-}
 
 fn config() -> CoOpConfig {
     let mut config = CoOpConfig {
@@ -70,40 +28,9 @@ fn config() -> CoOpConfig {
     config
 }
 
-fn bits(t: &Tensor) -> Result<Vec<u32>> {
-    Ok(t.flatten_all()?
-        .to_vec1::<f32>()?
-        .into_iter()
-        .map(f32::to_bits)
-        .collect())
-}
-
-fn difference(a: &Tensor, b: &Tensor) -> Result<f32> {
-    Ok((a - b)?.abs()?.max_all()?.to_scalar::<f32>()? / b.abs()?.max_all()?.to_scalar::<f32>()?)
-}
-
-fn logits(predictor: &dyn Predictor, clip: &Clip, classes: &Classes) -> Result<Tensor> {
-    let images = ImageBatch::of_features(clip.image().encode(&images(4)?)?);
-    predictor.classifier(clip, classes)?.logits(&images)
-}
-
 /// Loss and gradient of the context on a batch.
-fn gradient(clip: &Clip, coop: &mut CoOp, classes: &Classes) -> Result<(f32, Tensor)> {
-    let tokens = ClassTokens::new(clip.text(), classes)?;
-    let images = ImageBatch::of_features(clip.image().encode(&images(4)?)?);
-    let batch = Batch {
-        images: &images,
-        labels: &[0, 1, 2, 1],
-        classes: &tokens,
-    };
-    let step = Step {
-        seed: 0,
-        epoch: 0,
-        epochs: 1,
-        index: 0,
-        steps: 1,
-    };
-    let (loss, gradients) = gradients(coop, clip, &batch, step)?;
+fn gradient(clip: &Clip, coop: &mut Learned<CoOp>, classes: &Classes) -> Result<(f32, Tensor)> {
+    let (loss, gradients) = step(coop, clip, classes, 4)?;
     let names: Vec<_> = gradients
         .iter()
         .map(|(name, g)| (name.to_owned(), g.is_some()))
@@ -124,7 +51,7 @@ fn words_as_context_are_zero_shot() -> Result<()> {
         ctx_init: Some("a_photo_of_a".into()),
         ..CoOpConfig::default()
     };
-    let coop = CoOp::new(&config, &clip, &classes, 1)?;
+    let coop = Learned::<CoOp>::new(&config, &clip, &classes, 1)?;
     let zeroshot = ZeroShot::new(&ZeroShotConfig::template("a photo of a {}."))?;
     assert_eq!(
         bits(&logits(&coop, &clip, &classes)?)?,
@@ -136,7 +63,7 @@ fn words_as_context_are_zero_shot() -> Result<()> {
 #[test]
 fn permuted_classes_permute_logits_and_more_classes_change_none() -> Result<()> {
     let clip = clip()?;
-    let coop = CoOp::new(&config(), &clip, &flowers()?, 1)?;
+    let coop = Learned::<CoOp>::new(&config(), &clip, &flowers()?, 1)?;
     let before = logits(&coop, &clip, &flowers()?)?;
     let after = logits(
         &coop,
@@ -166,14 +93,14 @@ fn a_shared_context_is_equal_contexts_per_class_with_the_sum_of_their_gradients(
             class_token_position: position,
             ..config()
         };
-        let mut shared_coop = CoOp::new(&shared, &clip, &classes, 1)?;
+        let mut shared_coop = Learned::<CoOp>::new(&shared, &clip, &classes, 1)?;
         let ctx = shared_coop.params().tensors()?.remove(0).1;
         let copies = Tensor::stack(&[&ctx, &ctx, &ctx], 0)?;
         let own = CoOpConfig {
             class_specific: true,
             ..shared
         };
-        let mut own_coop = CoOp::with_tensors(
+        let mut own_coop = Learned::<CoOp>::with_tensors(
             &own,
             &clip,
             &classes,
@@ -201,24 +128,82 @@ fn the_gradient_agrees_with_finite_differences() -> Result<()> {
             class_token_position: position,
             ..config()
         };
-        let mut coop = CoOp::new(&config, &clip, &classes, 1)?;
+        let mut coop = Learned::<CoOp>::new(&config, &clip, &classes, 1)?;
         let start = (coop.params().tensors()?.remove(0).1 * 20.0)?;
-        coop.params()
-            .load(&[("ctx".to_owned(), start.clone())].into())?;
-        let (_, g) = gradient(&clip, &mut coop, &classes)?;
-        let size = g.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>()?;
-        let direction = (&g / f64::from(size))?;
-        let h = 0.02;
-        let mut at = |sign: f64| -> Result<f64> {
-            coop.params()
-                .load(&[("ctx".to_owned(), (&start + (&direction * (sign * h))?)?)].into())?;
-            Ok(f64::from(gradient(&clip, &mut coop, &classes)?.0))
+        coop.params().load(&[("ctx".to_owned(), start)].into())?;
+        gradients_are_slopes(&mut coop, &clip, &classes, 4, 0.02)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_longer_half_of_a_context_stands_behind_the_name() -> Result<()> {
+    let (clip, classes) = (clip()?, flowers()?);
+    let of = |position| -> Result<Vec<u32>> {
+        let config = CoOpConfig {
+            n_ctx: Some(1),
+            class_token_position: position,
+            ..config()
         };
-        let numeric = (at(1.0)? - at(-1.0)?) / (2.0 * h);
-        assert!(
-            (numeric - f64::from(size)).abs() < 0.01 * f64::from(size),
-            "{position:?}: {numeric} {size}"
-        );
+        let coop = Learned::<CoOp>::new(&config, &clip, &classes, 1)?;
+        bits(&logits(&coop, &clip, &classes)?)
+    };
+    // Half of one is nothing: the middle is the front.
+    assert_eq!(
+        of(ClassTokenPosition::Middle)?,
+        of(ClassTokenPosition::Front)?
+    );
+    assert_ne!(
+        of(ClassTokenPosition::Middle)?,
+        of(ClassTokenPosition::End)?
+    );
+    Ok(())
+}
+
+#[test]
+fn checkpoints_of_the_authors_code_are_read() -> Result<()> {
+    let (clip, names) = (clip()?, flowers()?);
+    let import = coop::ENTRY.import.unwrap();
+    for class_specific in [false, true] {
+        let config = CoOpConfig {
+            class_specific,
+            class_token_position: ClassTokenPosition::Front,
+            ..config()
+        };
+        let coop = Learned::<CoOp>::new(&config, &clip, &names, 5)?;
+        let mut tensors: BTreeMap<_, _> = coop.tensors()?.into_iter().collect();
+        // Buffers of the names it was trained on: rebuilt, whatever they are.
+        tensors.insert("token_prefix".into(), drawn(1, (9, 1, 64))?);
+        tensors.insert("token_suffix".into(), drawn(1, (9, 73, 64))?);
+        let mut state = TorchState {
+            tensors,
+            epoch: Some(50),
+        };
+        let settings = json!({"class_token_position": "front"});
+        let imported = import(&state, &settings, &clip, &names)?;
+        assert_eq!(imported.config["n_ctx"], 3);
+        assert_eq!(imported.config["class_specific"], class_specific);
+        let found = logits(imported.predictor.as_ref(), &clip, &names)?;
+        assert_eq!(bits(&found)?, bits(&logits(&coop, &clip, &names)?)?);
+        let other = classes(&["rose", "tulip", "lily"])?;
+        let other = refused(imported.predictor.classifier(&clip, &other));
+        assert_eq!(other.contains("cannot serve other classes"), class_specific);
+
+        let two = classes(&["rose", "tulip"])?;
+        let found = refused(import(&state, &settings, &clip, &two));
+        let expected = "learned tensor `ctx` has shape [3, 3, 64], expected [2, 3, 64]";
+        assert_eq!(found == expected, class_specific, "{found}");
+        for (wrong, expected) in [
+            (drawn(1, (3, 80))?, "shape [3, 80], expected [3, 64]"),
+            (drawn(1, 64)?, "`ctx` of the checkpoint has shape [64]"),
+        ] {
+            state.tensors.insert("ctx".into(), wrong);
+            let found = refused(import(&state, &settings, &clip, &names));
+            assert!(found.contains(expected), "{found}");
+        }
+        state.tensors.remove("ctx");
+        let found = refused(import(&state, &settings, &clip, &names));
+        assert!(found.contains("the checkpoint holds no `ctx`"), "{found}");
     }
     Ok(())
 }
@@ -237,21 +222,6 @@ fn training_moves_the_context_alone_and_lowers_the_loss() -> Result<()> {
     assert_eq!(coop.history().epochs[1].lr, 0.02);
     assert_eq!(coop.tensors()?.len(), 1);
     Ok(())
-}
-
-/// Sets the run's cancel flag after a number of steps.
-struct StopAfter(Arc<std::sync::atomic::AtomicBool>, Arc<AtomicUsize>, usize);
-
-impl Progress for StopAfter {
-    fn start(&mut self, _: &str, _: u64, _: u64) {}
-    fn trained(&mut self, _: u64, _: &TrainStatus) {
-        if self.1.fetch_add(1, Ordering::Relaxed) + 1 == self.2 {
-            self.0.store(true, Ordering::Relaxed);
-        }
-    }
-    fn advanced(&mut self, _: u64) {}
-    fn finish(&mut self) {}
-    fn note(&mut self, _: &str) {}
 }
 
 #[test]
@@ -273,7 +243,7 @@ fn a_stopped_run_goes_on_to_the_same_bits() -> Result<()> {
                 ..Run::quiet(7)
             };
             let mut stopped = run();
-            stopped.progress = Box::new(StopAfter(stopped.cancel.clone(), Arc::default(), stop));
+            stopped.progress = Box::new(Watcher::stopping(&stopped, stop));
             assert!(matches!(
                 config.fit(&clip, &data, &mut stopped),
                 Err(Error::Cancelled)
@@ -322,7 +292,7 @@ fn misuse_is_refused_before_any_work() -> Result<()> {
     let clip = clip()?;
     let refused = |settings: serde_json::Value, names: &[&str]| -> Result<String> {
         let outcome = CoOpConfig::read(&settings)
-            .and_then(|config| CoOp::new(&config, &clip, &classes(names)?, 1));
+            .and_then(|config| Learned::<CoOp>::new(&config, &clip, &classes(names)?, 1));
         Ok(outcome.err().map(|e| e.to_string()).unwrap_or_default())
     };
     let names = &["daisy", "rose"];
@@ -356,7 +326,7 @@ fn misuse_is_refused_before_any_work() -> Result<()> {
         assert!(found.contains(expected), "{found}");
     }
 
-    let own = CoOp::new(
+    let own = Learned::<CoOp>::new(
         &CoOpConfig {
             class_specific: true,
             ..config()
@@ -372,7 +342,7 @@ fn misuse_is_refused_before_any_work() -> Result<()> {
         assert!(found.contains("cannot serve other classes"), "{found}");
     }
     let wide = Tensor::zeros((3, 80), candle_core::DType::F32, &Device::Cpu)?;
-    let found = CoOp::with_tensors(
+    let found = Learned::<CoOp>::with_tensors(
         &config(),
         &clip,
         &classes(names)?,

@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, IndexOp, Tensor};
 use cliptune_core::checkpoint::TorchState;
-use cliptune_core::method::{Method, Predictor};
+use cliptune_core::method::{Method, Predictor, Settings};
 use cliptune_core::train::Objective;
-use cliptune_core::{Clip, ImageBatch, Result, Run};
+use cliptune_core::{Clip, ImageBatch, Learned, Result, Run};
 use cliptune_text_pt::kgcoop::{self, Distance};
 use cliptune_text_pt::{CoOpConfig, KgCoOp, KgCoOpConfig, ZeroShot, ZeroShotConfig};
 use common::*;
@@ -21,8 +21,8 @@ fn random() -> KgCoOpConfig {
     }
 }
 
-fn kgcoop(config: &KgCoOpConfig, clip: &Clip) -> Result<KgCoOp> {
-    KgCoOp::new(config, clip, &flowers()?, 1)
+fn kgcoop(config: &KgCoOpConfig, clip: &Clip) -> Result<Learned<KgCoOp>> {
+    Learned::<KgCoOp>::new(config, clip, &flowers()?, 1)
 }
 
 #[test]
@@ -141,7 +141,7 @@ fn a_large_weight_leads_to_the_hand_written_classifier() -> Result<()> {
     config.train.epochs = Some(300);
     config.train.lr = 1e-4;
     let names = flowers()?;
-    let far = |method: &KgCoOp| -> Result<f32> {
+    let far = |method: &Learned<KgCoOp>| -> Result<f32> {
         difference(
             &logits(method, &clip, &names)?,
             &logits(&zeroshot, &clip, &names)?,
@@ -227,13 +227,14 @@ fn misuse_is_refused() -> Result<()> {
         ),
         (
             json!({"dataset": "dtd", "template": "a {}."}),
-            "either a template of your own or a data set's",
+            "either a template or a data set",
         ),
         (json!({"template": "a flower"}), "a template has {}"),
         (json!({"n_ctx": 5}), "`a photo of a` is 4 tokens"),
         (json!({"n_ctx": 75, "ctx_init": ""}), "text tower takes 77"),
     ] {
-        let outcome = KgCoOpConfig::read(&settings).and_then(|c| KgCoOp::new(&c, &clip, &names, 1));
+        let outcome = KgCoOpConfig::read(&settings)
+            .and_then(|c| Learned::<KgCoOp>::new(&c, &clip, &names, 1));
         let found = refused(outcome);
         assert!(found.contains(expected), "{found}");
     }

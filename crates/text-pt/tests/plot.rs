@@ -6,12 +6,12 @@ mod common;
 
 use candle_core::{IndexOp, Tensor, Var};
 use cliptune_core::checkpoint::TorchState;
-use cliptune_core::method::Predictor;
+use cliptune_core::method::{Predictor, Settings};
 use cliptune_core::prompt::{ClassTokenPosition, ClassTokens};
 use cliptune_core::task::ImageBatch;
 use cliptune_core::train::{Batch, Loss, Objective, Step, gradients};
 use cliptune_core::transport::{Domain, PlanGradients, Sinkhorn, StopRule};
-use cliptune_core::{Classes, Clip, Gradients, ImageNeeds, Result, ops};
+use cliptune_core::{Classes, Clip, Gradients, ImageNeeds, Learned, Result, ops};
 use cliptune_text_pt::plot::{self, Plot, PlotConfig};
 use common::*;
 use serde_json::json;
@@ -24,8 +24,8 @@ fn config(n_prompts: usize) -> PlotConfig {
     }
 }
 
-fn plot(config: &PlotConfig, clip: &Clip) -> Result<Plot> {
-    let method = Plot::new(config, clip, &flowers()?, 1)?;
+fn plot(config: &PlotConfig, clip: &Clip) -> Result<Learned<Plot>> {
+    let method = Learned::<Plot>::new(config, clip, &flowers()?, 1)?;
     // Contexts that differ enough for plans that are not uniform.
     let spread = drawn(5, (config.n_prompts, config.n_ctx, 64))?;
     method.params().load(&with(&method, "ctx", spread)?)?;
@@ -37,11 +37,15 @@ fn places(clip: &Clip, n: usize) -> Result<ImageBatch> {
     ImageBatch::encode(clip, &drawn(9, (n, 3, 32, 32))?, ImageNeeds::LocalFeatures)
 }
 
-fn logits_of(method: &Plot, clip: &Clip, images: &ImageBatch) -> Result<Tensor> {
+fn logits_of(method: &Learned<Plot>, clip: &Clip, images: &ImageBatch) -> Result<Tensor> {
     method.classifier(clip, &flowers()?)?.logits(images)
 }
 
-fn local_step(method: &mut Plot, clip: &Clip, classes: &Classes) -> Result<(Loss, Gradients)> {
+fn local_step(
+    method: &mut Learned<Plot>,
+    clip: &Clip,
+    classes: &Classes,
+) -> Result<(Loss, Gradients)> {
     let tokens = ClassTokens::new(clip.text(), classes)?;
     let batch = Batch {
         images: &places(clip, 3)?,
@@ -223,7 +227,12 @@ fn checkpoints_of_the_authors_code_are_read() -> Result<()> {
         .logits(&images)?;
     assert_eq!(bits(&found)?, bits(&logits_of(&method, &clip, &images)?)?);
     let settings = json!({"class_token_position": "front"});
-    let found = refused(Plot::import(&state, &settings, &clip, &flowers()?));
+    let found = refused(Learned::<Plot>::import(
+        &state,
+        &settings,
+        &clip,
+        &flowers()?,
+    ));
     assert!(found.contains("class_token_position = front"), "{found}");
     Ok(())
 }
@@ -270,7 +279,7 @@ fn misuse_is_refused() -> Result<()> {
     ] {
         let found = refused(
             PlotConfig::read(&settings)
-                .and_then(|config| Plot::new(&config, &clip, &flowers()?, 1)),
+                .and_then(|config| Learned::<Plot>::new(&config, &clip, &flowers()?, 1)),
         );
         assert!(found.contains(expected), "{settings}: {found}");
     }
@@ -278,7 +287,7 @@ fn misuse_is_refused() -> Result<()> {
         class_token_position: ClassTokenPosition::Middle,
         ..config(1)
     };
-    assert!(Plot::new(&alone, &clip, &flowers()?, 1).is_ok());
+    assert!(Learned::<Plot>::new(&alone, &clip, &flowers()?, 1).is_ok());
 
     let method = plot(&config(2), &clip)?;
     let found = refused(logits_of(&method, &clip, &images(&clip, 2)?));

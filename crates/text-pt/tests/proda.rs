@@ -6,11 +6,11 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, IndexOp, Tensor};
 use cliptune_core::checkpoint::TorchState;
-use cliptune_core::method::{Method, Predictor};
+use cliptune_core::method::{Method, Predictor, Settings};
 use cliptune_core::prompt::{ClassTokenPosition, ClassTokens};
 use cliptune_core::rng::Rng;
 use cliptune_core::train::{Batch, Objective, Step};
-use cliptune_core::{Clip, ImageBatch, Result, Run, ops};
+use cliptune_core::{Clip, ImageBatch, Learned, Result, Run, ops};
 use cliptune_text_pt::proda::{self, diversity, variances};
 use cliptune_text_pt::{CoOpConfig, ProDa, ProDaConfig};
 use common::*;
@@ -24,12 +24,12 @@ fn small() -> ProDaConfig {
     }
 }
 
-fn proda(config: &ProDaConfig, clip: &Clip) -> Result<ProDa> {
-    ProDa::new(config, clip, &flowers()?, 1)
+fn proda(config: &ProDaConfig, clip: &Clip) -> Result<Learned<ProDa>> {
+    Learned::<ProDa>::new(config, clip, &flowers()?, 1)
 }
 
 /// With contexts large enough that prompts differ visibly.
-fn lively(config: &ProDaConfig, clip: &Clip) -> Result<ProDa> {
+fn lively(config: &ProDaConfig, clip: &Clip) -> Result<Learned<ProDa>> {
     let method = proda(config, clip)?;
     let ctx = (method.tensors()?.remove(0).1 * 20.0)?;
     method.params().load(&with(&method, "ctx", ctx)?)?;
@@ -374,7 +374,8 @@ fn misuse_is_refused() -> Result<()> {
         (json!({"n_ctx": 0}), "n_ctx = 0: at least one context token"),
         (json!({"n_ctx": 75}), "text tower takes 77"),
     ] {
-        let outcome = ProDaConfig::read(&settings).and_then(|c| ProDa::new(&c, &clip, &names, 1));
+        let outcome =
+            ProDaConfig::read(&settings).and_then(|c| Learned::<ProDa>::new(&c, &clip, &names, 1));
         let found = refused(outcome);
         assert!(found.contains(expected), "{found}");
     }

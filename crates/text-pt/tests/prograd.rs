@@ -4,15 +4,12 @@
 
 mod common;
 
-use std::sync::{Arc, Mutex};
-
 use candle_core::Tensor;
 use cliptune_core::checkpoint::TorchState;
-use cliptune_core::method::{Method, Predictor};
+use cliptune_core::method::{Method, Predictor, Settings};
 use cliptune_core::prompt::{ClassTokenPosition, ClassTokens};
-use cliptune_core::run::{Progress, TrainStatus};
 use cliptune_core::train::Objective;
-use cliptune_core::{Clip, Gradients, Result, Run};
+use cliptune_core::{Clip, Gradients, Learned, Result, Run};
 use cliptune_text_pt::{CoOp, CoOpConfig, ProGrad, ProGradConfig, prograd};
 use common::*;
 use serde_json::json;
@@ -30,7 +27,7 @@ fn dot(a: &Tensor, b: &Tensor) -> Result<f32> {
 }
 
 /// Gradients of the task and of the teacher at the start, and what became of the first.
-fn both(method: &mut ProGrad, clip: &Clip) -> Result<(Tensor, Tensor, Tensor)> {
+fn both(method: &mut Learned<ProGrad>, clip: &Clip) -> Result<(Tensor, Tensor, Tensor)> {
     let (loss, shaped) = step(method, clip, &flowers()?, 3)?;
     let of = |loss: &Tensor| -> Result<Tensor> {
         let gradients = Gradients::of(loss, method.params())?;
@@ -74,7 +71,7 @@ fn a_step_follows_the_task_and_only_a_conflict_is_taken_out() -> Result<()> {
     for seed in 0..12 {
         for lambda in [1.0, 0.3] {
             let config = ProGradConfig { lambda, ..random() };
-            let mut method = ProGrad::new(&config, &clip, &flowers()?, seed)?;
+            let mut method = Learned::<ProGrad>::new(&config, &clip, &flowers()?, seed)?;
             let (task, general, shaped) = both(&mut method, &clip)?;
             let size = dot(&task, &task)?.sqrt() * dot(&general, &general)?.sqrt();
             let cosine = dot(&task, &general)? / size;
@@ -103,7 +100,7 @@ fn a_student_that_speaks_its_teachers_sentence_has_nothing_to_learn_from_it() ->
             temperature: 2.0,
             ..ProGradConfig::default()
         };
-        let mut method = ProGrad::new(&config, &clip, &names, 1)?;
+        let mut method = Learned::<ProGrad>::new(&config, &clip, &names, 1)?;
         let (task, general, _) = both(&mut method, &clip)?;
         assert!(dot(&general, &general)?.sqrt() < 1e-3 * dot(&task, &task)?.sqrt());
         // Zeros in front of the words are another sentence.
@@ -111,7 +108,7 @@ fn a_student_that_speaks_its_teachers_sentence_has_nothing_to_learn_from_it() ->
             n_ctx: 16,
             ..config
         };
-        let mut method = ProGrad::new(&config, &clip, &names, 1)?;
+        let mut method = Learned::<ProGrad>::new(&config, &clip, &names, 1)?;
         let (task, general, _) = both(&mut method, &clip)?;
         assert!(dot(&general, &general)?.sqrt() > 1e-2 * dot(&task, &task)?.sqrt());
     }
@@ -132,14 +129,14 @@ fn gradients_of_both_losses_are_slopes() -> Result<()> {
             lambda: 0.0,
             ..random()
         };
-        let mut method = ProGrad::new(&config, &clip, &names, 3)?;
+        let mut method = Learned::<ProGrad>::new(&config, &clip, &names, 3)?;
         gradients_are_slopes(&mut method, &clip, &names, 3, 0.005)?;
     }
     let config = ProGradConfig {
         temperature: 2.0,
         ..random()
     };
-    let mut method = ProGrad::new(&config, &clip, &names, 3)?;
+    let mut method = Learned::<ProGrad>::new(&config, &clip, &names, 3)?;
     let (_, general, _) = both(&mut method, &clip)?;
     let size = dot(&general, &general)?.sqrt();
     let start = method.tensors()?.remove(0).1;
@@ -162,10 +159,10 @@ fn a_prompt_keeps_its_own_words_for_other_classes() -> Result<()> {
         n_ctx: 8,
         ..ProGradConfig::default()
     };
-    let method = ProGrad::new(&config, &clip, &flowers()?, 1)?;
+    let method = Learned::<ProGrad>::new(&config, &clip, &flowers()?, 1)?;
     let other = ClassTokens::new(clip.text(), &classes(&["rose", "tulip"])?)?;
     // Eight of the nine tokens are learned, and start where the sentence has them.
-    let found = method.text_features(&clip, &other)?;
+    let found = method.context.text_features(&clip, &other)?;
     let sentence = other.fill("a type of pet, a photo of a {}.")?;
     let sentence = clip
         .text()
@@ -183,7 +180,7 @@ fn checkpoints_of_the_authors_code_are_read() -> Result<()> {
             class_specific,
             ..random()
         };
-        let method = ProGrad::new(&config, &clip, &names, 5)?;
+        let method = Learned::<ProGrad>::new(&config, &clip, &names, 5)?;
         let state = TorchState {
             tensors: method.tensors()?.into_iter().collect(),
             epoch: None,
@@ -232,7 +229,7 @@ fn misuse_is_refused_before_any_work() -> Result<()> {
         ),
         (
             json!({"class_specific": true}),
-            "class_specific = true with ctx_init",
+            "class_specific = true: initial words (ctx_init)",
         ),
         (json!({"temperature": 0.0}), "temperature = 0"),
         (json!({"lamda": 1.0}), "unknown field `lamda`"),
@@ -244,7 +241,7 @@ fn misuse_is_refused_before_any_work() -> Result<()> {
     ] {
         let found = refused(
             ProGradConfig::read(&settings)
-                .and_then(|config| ProGrad::new(&config, &clip, &flowers()?, 1)),
+                .and_then(|config| Learned::<ProGrad>::new(&config, &clip, &flowers()?, 1)),
         );
         assert!(found.contains(expected), "{settings}: {found}");
     }
@@ -252,21 +249,10 @@ fn misuse_is_refused_before_any_work() -> Result<()> {
         lambda: f64::NAN,
         ..random()
     };
-    assert!(refused(ProGrad::new(&config, &clip, &flowers()?, 1)).contains("lambda = NaN"));
+    assert!(
+        refused(Learned::<ProGrad>::new(&config, &clip, &flowers()?, 1)).contains("lambda = NaN")
+    );
     Ok(())
-}
-
-/// Keeps what the user should read.
-struct Notes(Arc<Mutex<Vec<String>>>);
-
-impl Progress for Notes {
-    fn start(&mut self, _: &str, _: u64, _: u64) {}
-    fn trained(&mut self, _: u64, _: &TrainStatus) {}
-    fn advanced(&mut self, _: u64) {}
-    fn finish(&mut self) {}
-    fn note(&mut self, message: &str) {
-        self.0.lock().unwrap().push(message.to_owned());
-    }
 }
 
 #[test]
@@ -275,11 +261,11 @@ fn a_lambda_outside_its_range_is_a_warning() -> Result<()> {
     for (lambda, warned) in [(1.5, true), (-0.1, true), (0.0, false), (1.0, false)] {
         let mut config = ProGradConfig { lambda, ..random() };
         config.train.epochs = Some(1);
-        let notes = Arc::default();
+        let watcher = Watcher::default();
         let mut run = Run::quiet(1);
-        run.progress = Box::new(Notes(Arc::clone(&notes)));
+        run.progress = Box::new(watcher.clone());
         config.fit(&clip, &data, &mut run)?;
-        let found = notes.lock().unwrap().join(" ");
+        let found = watcher.notes.lock().unwrap().join(" ");
         assert_eq!(
             found.contains(&format!("lambda = {lambda}")),
             warned,
@@ -292,12 +278,12 @@ fn a_lambda_outside_its_range_is_a_warning() -> Result<()> {
 #[test]
 fn it_starts_as_coop_does() -> Result<()> {
     let (clip, names) = (clip()?, flowers()?);
-    let ours = ProGrad::new(&random(), &clip, &names, 4)?;
+    let ours = Learned::<ProGrad>::new(&random(), &clip, &names, 4)?;
     let theirs = CoOpConfig {
         n_ctx: Some(3),
         ..CoOpConfig::default()
     };
-    let theirs = CoOp::new(&theirs, &clip, &names, 4)?;
+    let theirs = Learned::<CoOp>::new(&theirs, &clip, &names, 4)?;
     assert_eq!(bits(&ours.tensors()?[0].1)?, bits(&theirs.tensors()?[0].1)?);
     assert_eq!(ours.cosine(), None);
     Ok(())

@@ -4,18 +4,17 @@
 
 mod common;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use candle_core::{DType, Tensor};
 use cliptune_core::checkpoint::TorchState;
-use cliptune_core::method::{Method, Predictor};
+use cliptune_core::method::{Method, Predictor, Settings};
 use cliptune_core::optim::OptimizerConfig;
-use cliptune_core::run::{CheckpointPlan, Progress, TrainStatus};
+use cliptune_core::run::CheckpointPlan;
 use cliptune_core::schedule::{Decay, Schedule};
 use cliptune_core::subspace::Subspace;
-use cliptune_core::{Error, Result, Run};
+use cliptune_core::{Classes, Error, Learned, Result, Run};
 use cliptune_text_pt::subpt::{self, Restart, SubPt, SubPtConfig, Variant};
 use cliptune_text_pt::{CoOp, CoOpConfig};
 use common::*;
@@ -63,10 +62,10 @@ fn ctx(method: &dyn Predictor) -> Result<Tensor> {
 #[test]
 fn a_subspace_of_everything_is_coop() -> Result<()> {
     let (clip, names) = (clip()?, flowers()?);
-    let mut ours = SubPt::new(&config(), &clip, &names, 2)?;
+    let mut ours = Learned::<SubPt>::new(&config(), &clip, &names, 2)?;
     let everything = Tensor::eye(3 * 64, DType::F32, clip.device())?;
     ours.project_onto(Subspace::from_components(&everything)?)?;
-    let mut theirs = CoOp::new(&coop(&config()), &clip, &names, 2)?;
+    let mut theirs = Learned::<CoOp>::new(&coop(&config()), &clip, &names, 2)?;
     let ours = step(&mut ours, &clip, &names, 3)?.1;
     let theirs = step(&mut theirs, &clip, &names, 3)?.1;
     let (ours, theirs) = (ours.get("ctx").unwrap(), theirs.get("ctx").unwrap());
@@ -106,7 +105,7 @@ fn without_weight_decay_the_context_stays_in_its_plane() -> Result<()> {
         let way = (ctx(&fitted)? - start)?;
         difference(&fitted.subspace().unwrap().project(&way)?, &way)
     };
-    let start = ctx(&SubPt::new(&config(), &clip, &data.classes, 1)?)?;
+    let start = ctx(&Learned::<SubPt>::new(&config(), &clip, &data.classes, 1)?)?;
     let mut config = config();
     for (momentum, decay, confine, inside) in [
         (0.0, 0.0, false, true),
@@ -142,7 +141,7 @@ fn without_weight_decay_the_context_stays_in_its_plane() -> Result<()> {
 #[test]
 fn the_novel_learner_without_weight_is_coop_and_with_it_is_not() -> Result<()> {
     let (clip, names) = (clip()?, flowers()?);
-    let mut theirs = CoOp::new(&coop(&config()), &clip, &names, 2)?;
+    let mut theirs = Learned::<CoOp>::new(&coop(&config()), &clip, &names, 2)?;
     let theirs = step(&mut theirs, &clip, &names, 3)?.1;
     let theirs = theirs.get("ctx").unwrap();
     for (lambda, same) in [(0.0, true), (1.0, false)] {
@@ -150,7 +149,7 @@ fn the_novel_learner_without_weight_is_coop_and_with_it_is_not() -> Result<()> {
             lambda,
             ..with_novel(&["rose", "polka-dotted"])
         };
-        let mut ours = SubPt::new(&config, &clip, &names, 2)?;
+        let mut ours = Learned::<SubPt>::new(&config, &clip, &names, 2)?;
         let (loss, gradients) = step(&mut ours, &clip, &names, 3)?;
         let ours = gradients.get("ctx").unwrap();
         assert_eq!(difference(ours, theirs)? < 1e-5, same);
@@ -166,7 +165,7 @@ fn the_novel_learner_without_weight_is_coop_and_with_it_is_not() -> Result<()> {
 fn the_novel_loss_knows_neither_the_images_nor_the_order_of_its_names() -> Result<()> {
     let (clip, names) = (clip()?, flowers()?);
     let loss = |novel: &[&str], images: usize| -> Result<f32> {
-        let mut method = SubPt::new(&with_novel(novel), &clip, &names, 2)?;
+        let mut method = Learned::<SubPt>::new(&with_novel(novel), &clip, &names, 2)?;
         let loss = step(&mut method, &clip, &names, images)?.0;
         Ok(loss.term("nfl").unwrap().to_scalar()?)
     };
@@ -185,7 +184,7 @@ fn the_novel_loss_knows_neither_the_images_nor_the_order_of_its_names() -> Resul
 fn gradients_are_slopes_with_and_without_novel_names() -> Result<()> {
     let (clip, names) = (clip()?, flowers()?);
     for config in [config(), with_novel(&["rose", "yin_yang"])] {
-        let mut method = SubPt::new(&config, &clip, &names, 3)?;
+        let mut method = Learned::<SubPt>::new(&config, &clip, &names, 3)?;
         gradients_are_slopes(&mut method, &clip, &names, 3, 0.02)?;
     }
     Ok(())
@@ -200,7 +199,7 @@ fn the_anchors_are_clips_eighty_sentences_and_the_data_sets_own() -> Result<()> 
             template: template.map(str::to_owned),
             ..with_novel(&["rose", "yin_yang"])
         };
-        let method = SubPt::new(&config, &clip, &names, 3)?;
+        let method = Learned::<SubPt>::new(&config, &clip, &names, 3)?;
         bits(&method.novel_features(&clip)?.unwrap().1)
     };
     let alone = anchors(None, None)?;
@@ -214,19 +213,16 @@ fn the_anchors_are_clips_eighty_sentences_and_the_data_sets_own() -> Result<()> 
     Ok(())
 }
 
-/// Sets the run's cancel flag after a number of steps.
-struct StopAfter(Arc<AtomicBool>, Arc<AtomicUsize>, usize);
-
-impl Progress for StopAfter {
-    fn start(&mut self, _: &str, _: u64, _: u64) {}
-    fn trained(&mut self, _: u64, _: &TrainStatus) {
-        if self.1.fetch_add(1, Ordering::Relaxed) + 1 == self.2 {
-            self.0.store(true, Ordering::Relaxed);
-        }
-    }
-    fn advanced(&mut self, _: u64) {}
-    fn finish(&mut self) {}
-    fn note(&mut self, _: &str) {}
+#[test]
+fn the_authors_novel_names_are_found_by_their_place() -> Result<()> {
+    let all: Vec<String> = (0..1000).map(|label| format!("class {label}")).collect();
+    let novel = subpt::novel_of_imagenet(&Classes::new(all.clone())?)?;
+    assert_eq!(novel.iter().collect::<BTreeSet<_>>().len(), 100);
+    assert_eq!(novel[..2], ["class 717", "class 988"]);
+    assert_eq!(novel[98..], ["class 59", "class 186"]);
+    let found = refused(subpt::novel_of_imagenet(&Classes::new(all[1..].to_vec())?));
+    assert!(found.contains("1000 classes, these are 999"), "{found}");
+    Ok(())
 }
 
 #[test]
@@ -245,7 +241,7 @@ fn a_run_stopped_in_either_training_goes_on_to_the_same_bits() -> Result<()> {
             ..Run::quiet(7)
         };
         let mut stopped = run();
-        stopped.progress = Box::new(StopAfter(stopped.cancel.clone(), Arc::default(), stop));
+        stopped.progress = Box::new(Watcher::stopping(&stopped, stop));
         let outcome = config().fit(&clip, &data, &mut stopped);
         assert!(matches!(outcome, Err(Error::Cancelled)));
         let resumed = config().fit(&clip, &data, &mut run())?;
@@ -303,7 +299,7 @@ fn checkpoints_of_the_authors_code_are_read() -> Result<()> {
             class_specific,
             ..config()
         };
-        let method = SubPt::new(&config, &clip, &names, 5)?;
+        let method = Learned::<SubPt>::new(&config, &clip, &names, 5)?;
         let mut tensors: std::collections::BTreeMap<_, _> = method.tensors()?.into_iter().collect();
         tensors.insert("token_prefix_nfl".into(), drawn(1, (2, 1, 64))?);
         let state = TorchState {
@@ -394,7 +390,7 @@ fn misuse_is_refused_before_any_work() -> Result<()> {
         );
         assert!(found.contains(expected), "{settings}: {found}");
     }
-    let mut method = SubPt::new(&config(), &clip, &flowers()?, 1)?;
+    let mut method = Learned::<SubPt>::new(&config(), &clip, &flowers()?, 1)?;
     let other = Tensor::eye(64, DType::F32, clip.device())?;
     let found = refused(method.project_onto(Subspace::from_components(&other)?));
     assert!(

@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 
 use candle_core::{D, DType, Device, IndexOp, Tensor};
 use cliptune_core::checkpoint::TorchState;
-use cliptune_core::method::{Method, Predictor};
+use cliptune_core::method::{Method, Predictor, Settings};
 use cliptune_core::prompt::ClassTokens;
 use cliptune_core::train::{Batch, Objective};
-use cliptune_core::{Clip, ImageBatch, Result, Run, ops};
+use cliptune_core::{Clip, ImageBatch, Learned, Result, Run, ops};
 use cliptune_text_pt::vpt::{self, Bound, Prediction, VptType};
 use cliptune_text_pt::{CoOp, CoOpConfig, Vpt, VptConfig, ZeroShot, ZeroShotConfig};
 use common::*;
@@ -25,12 +25,12 @@ fn of(vpt_type: VptType) -> VptConfig {
     }
 }
 
-fn vpt(config: &VptConfig, clip: &Clip) -> Result<Vpt> {
-    Vpt::new(config, clip, &flowers()?, 1)
+fn vpt(config: &VptConfig, clip: &Clip) -> Result<Learned<Vpt>> {
+    Learned::<Vpt>::new(config, clip, &flowers()?, 1)
 }
 
 /// As [`vpt`] with a narrower distribution, so that samples stay near the words.
-fn narrow(config: &VptConfig, clip: &Clip) -> Result<Vpt> {
+fn narrow(config: &VptConfig, clip: &Clip) -> Result<Learned<Vpt>> {
     let method = vpt(config, clip)?;
     let mut tensors: BTreeMap<String, Tensor> = method.tensors()?.into_iter().collect();
     for (name, shift) in [
@@ -58,7 +58,7 @@ fn without_noise_and_mean_it_is_coop() -> Result<()> {
         ctx_init: Some("a photo of a".into()),
         ..CoOpConfig::default()
     };
-    let coop = CoOp::new(&coop, &clip, &names, 1)?;
+    let coop = Learned::<CoOp>::new(&coop, &clip, &names, 1)?;
     let zeroshot = ZeroShot::new(&ZeroShotConfig::template("a photo of a {}."))?;
     assert!(difference(&ours, &ops::softmax(&logits(&coop, &clip, &names)?)?)? < 1e-5);
     assert!(difference(&ours, &ops::softmax(&logits(&zeroshot, &clip, &names)?)?)? < 1e-5);
@@ -321,7 +321,7 @@ fn the_authors_checkpoint_says_its_type() -> Result<()> {
         (VptType::CoopVpt, "coopvpt", "cocoopvpt"),
         (VptType::CocoopVpt, "cocoopvpt", "coopvpt"),
     ] {
-        let method = Vpt::new(&of(vpt_type), &clip, &names, 0)?;
+        let method = Learned::<Vpt>::new(&of(vpt_type), &clip, &names, 0)?;
         let mut tensors: BTreeMap<String, Tensor> = method.tensors()?.into_iter().collect();
         let prefix = Tensor::zeros((9, 1, 64), DType::F16, &Device::Cpu)?;
         tensors.insert("token_prefix".into(), prefix);
@@ -366,7 +366,8 @@ fn misuse_is_refused() -> Result<()> {
         (json!({"n_ctx": 75, "ctx_init": ""}), "text tower takes 77"),
         (json!({"vpt_type": "visual"}), "unknown variant `visual`"),
     ] {
-        let outcome = VptConfig::read(&settings).and_then(|c| Vpt::new(&c, &clip, &names, 1));
+        let outcome =
+            VptConfig::read(&settings).and_then(|c| Learned::<Vpt>::new(&c, &clip, &names, 1));
         let found = refused(outcome);
         assert!(found.contains(expected), "{found}");
     }

@@ -2,10 +2,11 @@
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
+use cliptune_core::method::Settings;
 use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, Prompts, placeholder};
 use cliptune_core::tokenizer::END;
 use cliptune_core::train::Objective;
-use cliptune_core::{Classes, Clip, Gradients, Params, ops};
+use cliptune_core::{Classes, Clip, Gradients, Learned, Params, ops};
 use cliptune_text_pt::{CoCoOp, CoCoOpConfig, CoOp, CoOpConfig};
 use serde_json::json;
 
@@ -76,7 +77,7 @@ fn with_gradients(results: &[(&str, &Tensor)], loss: &Tensor, params: &Params) -
 
 struct Coop {
     clip: Clip,
-    coop: CoOp,
+    coop: Learned<CoOp>,
     classes: ClassTokens,
     image_features: Tensor,
     labels: Vec<u32>,
@@ -89,7 +90,7 @@ impl Coop {
         let config = CoOpConfig::read(&json!({ "n_ctx": n_ctx }))?;
         let ctx = [("ctx".to_owned(), inputs["ctx"].clone())].into();
         Ok(Self {
-            coop: CoOp::with_tensors(&config, &clip, &classes, 0, &ctx)?,
+            coop: Learned::<CoOp>::with_tensors(&config, &clip, &classes, 0, &ctx)?,
             classes: ClassTokens::new(clip.text(), &classes)?,
             clip,
             image_features: inputs["image_features"].clone(),
@@ -108,7 +109,7 @@ impl Coop {
 
 impl Work for Coop {
     fn step(&mut self, _: usize) -> Result<Named> {
-        let features = self.coop.text_features(&self.clip, &self.classes)?;
+        let features = self.coop.context.text_features(&self.clip, &self.classes)?;
         let logits = self.clip.cosine_logits(&self.image_features, &features)?;
         let loss = ops::cross_entropy(&logits, &self.labels)?;
         let results = [("features", &features), ("logits", &logits)];
@@ -123,7 +124,7 @@ impl Work for Coop {
 
 struct Cocoop {
     clip: Clip,
-    cocoop: CoCoOp,
+    cocoop: Learned<CoCoOp>,
     classes: ClassTokens,
     image_features: Tensor,
     labels: Vec<u32>,
@@ -134,7 +135,7 @@ impl Cocoop {
         let classes = Classes::new(names(classes))?;
         let config = CoCoOpConfig::read(&json!({ "n_ctx": n_ctx, "ctx_init": null }))?;
         Ok(Self {
-            cocoop: CoCoOp::with_tensors(&config, &clip, &classes, 0, inputs)?,
+            cocoop: Learned::<CoCoOp>::with_tensors(&config, &clip, &classes, 0, inputs)?,
             classes: ClassTokens::new(clip.text(), &classes)?,
             clip,
             image_features: inputs["image_features"].clone(),
@@ -151,9 +152,10 @@ impl Work for Cocoop {
     fn step(&mut self, _: usize) -> Result<Named> {
         let unit = self.unit()?;
         let contexts = self.cocoop.contexts(&unit)?;
-        let features = self
-            .cocoop
-            .text_features(&self.clip, &self.classes, &contexts)?;
+        let features =
+            self.cocoop
+                .context
+                .text_features_under(&contexts, &self.clip, &self.classes)?;
         let text = ops::unit_length(&features, "a text feature")?;
         let logits = ops::own_dots(&(unit * self.clip.scale())?, &text)?;
         let loss = ops::cross_entropy(&logits, &self.labels)?;

@@ -5,7 +5,7 @@ use cliptune_core::method::Predictor;
 use cliptune_core::prompt::ClassTokens;
 use cliptune_core::task::ImageBatch;
 use cliptune_core::train::{Batch, Objective};
-use cliptune_core::{ImageNeeds, ops};
+use cliptune_core::{ImageNeeds, Learned, ops};
 use cliptune_text_pt::{CoCoOp, CoCoOpConfig};
 use serde::Deserialize;
 
@@ -33,7 +33,7 @@ pub(crate) fn run(case: &Case, models: &mut Models, check: &mut Check) -> Result
     let tokens = ClassTokens::new(clip.text(), &classes)?;
     let words = words(&json.ctx_init, json.n_ctx);
     compare_tokens(case, &clip, &tokens, &words, json.n_ctx, "init", check)?;
-    let fresh = CoCoOp::new(&config, &clip, &classes, 0)?;
+    let fresh = Learned::<CoCoOp>::new(&config, &clip, &classes, 0)?;
     if !json.ctx_init.is_empty() {
         compare_start(case, fresh.params(), "ctx", check)?;
     }
@@ -42,12 +42,16 @@ pub(crate) fn run(case: &Case, models: &mut Models, check: &mut Check) -> Result
     let failure = (hidden != json.meta_net_hidden).then(|| format!("{hidden}"));
     check.record("config.meta_net_hidden", 0.0, failure);
 
-    let mut method = CoCoOp::with_tensors(&config, &clip, &classes, 0, &case.initial()?)?;
+    let mut method =
+        Learned::<CoCoOp>::with_tensors(&config, &clip, &classes, 0, &case.initial()?)?;
     let images = ImageBatch::encode(&clip, case.tensor("images")?, ImageNeeds::GlobalFeatures)?;
     check.tensor(case, "expect.image_features", images.features()?, START)?;
     let unit = ops::unit_length(images.features()?, "an image feature")?;
     check.tensor(case, "expect.meta_bias", &method.meta_bias(&unit)?, START)?;
-    let text = method.text_features(&clip, &tokens, &method.contexts(&unit)?)?;
+    let contexts = method.contexts(&unit)?;
+    let text = method
+        .context
+        .text_features_under(&contexts, &clip, &tokens)?;
     check.tensor(case, "expect.text_features", &text, START)?;
     let before = method.classifier(&clip, &classes)?.logits(&images)?;
     check.tensor(case, "expect.logits", &before, START)?;

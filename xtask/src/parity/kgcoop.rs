@@ -1,11 +1,11 @@
 //! Cases of KgCoOp.
 
 use anyhow::{Result, ensure};
-use cliptune_core::ImageNeeds;
 use cliptune_core::method::Predictor;
 use cliptune_core::prompt::{ClassTokenPosition, ClassTokens};
 use cliptune_core::task::ImageBatch;
 use cliptune_core::train::{Batch, Objective};
+use cliptune_core::{ImageNeeds, Learned};
 use cliptune_text_pt::{KgCoOp, KgCoOpConfig};
 use serde::Deserialize;
 
@@ -59,7 +59,7 @@ pub(crate) fn run(case: &Case, models: &mut Models, check: &mut Check) -> Result
     let words = words(ctx_init, n_ctx);
     compare_tokens(case, &clip, &tokens, &words, n_ctx, "init", check)?;
     if json.ctx_init {
-        let fresh = KgCoOp::new(&config, &clip, &classes, 0)?;
+        let fresh = Learned::<KgCoOp>::new(&config, &clip, &classes, 0)?;
         compare_start(case, fresh.params(), "ctx", check)?;
     }
 
@@ -68,13 +68,13 @@ pub(crate) fn run(case: &Case, models: &mut Models, check: &mut Check) -> Result
     for name in case.names().filter_map(|name| name.strip_prefix("init.")) {
         tensors.insert(name.into(), case.tensor(&format!("init.{name}"))?.clone());
     }
-    let mut method = KgCoOp::with_tensors(&config, &clip, &classes, 0, &tensors)?;
+    let mut method = Learned::<KgCoOp>::with_tensors(&config, &clip, &classes, 0, &tensors)?;
     ensure!(method.params().len() == 1, "only the context is learned");
     let images = ImageBatch::encode(&clip, case.tensor("images")?, ImageNeeds::GlobalFeatures)?;
     check.tensor(case, "expect.image_features", images.features()?, START)?;
     let targets = method.target_features(&clip, &tokens)?;
     check.tensor(case, "expect.frozen_text_features", &targets, START)?;
-    let text = method.text_features(&clip, &tokens)?;
+    let text = method.context.text_features(&clip, &tokens)?;
     check.tensor(case, "expect.text_features", &text, START)?;
     let before = method.classifier(&clip, &classes)?.logits(&images)?;
     check.tensor(case, "expect.logits", &before, START)?;

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail};
-use cliptune_core::Clip;
 use cliptune_core::optim::{Optimizer, OptimizerConfig};
 use cliptune_core::schedule::{Decay, Schedule, Warmup};
 use cliptune_core::train::{Batch, Objective, Step, gradients};
+use cliptune_core::{Clip, Learned};
 use serde::Deserialize;
 
 use super::case::Case;
@@ -25,28 +25,28 @@ pub(crate) const FIRST: Step = Step {
 pub(crate) fn train<O: Objective>(
     case: &Case,
     clip: &Clip,
-    objective: &mut O,
+    learned: &mut Learned<O>,
     batch: &Batch<'_>,
     check: &mut Check,
 ) -> Result<()> {
-    train_watched(case, clip, objective, batch, check, &mut |_| Ok(()))
+    train_watched(case, clip, learned, batch, check, &mut |_| Ok(()))
 }
 
-/// As [`train`], showing the objective to `watch` at every step, when its gradients are known and nothing has moved yet.
+/// As [`train`], showing the method to `watch` at every step, when its gradients are known and nothing has moved yet.
 pub(crate) fn train_watched<O: Objective>(
     case: &Case,
     clip: &Clip,
-    objective: &mut O,
+    learned: &mut Learned<O>,
     batch: &Batch<'_>,
     check: &mut Check,
-    watch: &mut dyn FnMut(&O) -> Result<()>,
+    watch: &mut dyn FnMut(&Learned<O>) -> Result<()>,
 ) -> Result<()> {
     let Some(config) = &case.json.optimizer else {
         return Ok(());
     };
     let config = OptimizerConfig::deserialize(config).context("optimizer")?;
     schedule(case, check)?;
-    let mut optimizer = Optimizer::new(config, objective.params())?;
+    let mut optimizer = Optimizer::new(config, learned.params())?;
     let mut losses = Vec::new();
     let mut terms: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
     let steps = case.json.lr_per_step.len();
@@ -58,7 +58,7 @@ pub(crate) fn train_watched<O: Objective>(
             index,
             steps,
         };
-        let (loss, gradients) = gradients(objective, clip, batch, step)?;
+        let (loss, gradients) = gradients(learned, clip, batch, step)?;
         losses.push(f64::from(loss.total.to_scalar::<f32>()?));
         for (name, term) in &loss.terms {
             let value = f64::from(term.to_scalar::<f32>()?);
@@ -80,14 +80,14 @@ pub(crate) fn train_watched<O: Objective>(
                 }
             }
         }
-        watch(objective)?;
-        optimizer.step(objective.params(), &gradients, |_| *lr)?;
+        watch(learned)?;
+        optimizer.step(learned.params(), &gradients, |_| *lr)?;
     }
     check.list(case, "expect.losses", &losses, AFTER)?;
     for (name, values) in &terms {
         check.list(case, &format!("expect.losses.{name}"), values, AFTER)?;
     }
-    for param in objective.params().iter() {
+    for param in learned.params().iter() {
         check.parameter(case, param.name(), &param.value()?)?;
     }
     Ok(())

@@ -2,12 +2,12 @@
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
-use cliptune_core::ImageNeeds;
 use cliptune_core::method::Predictor;
 use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, placeholder};
 use cliptune_core::task::ImageBatch;
 use cliptune_core::train::Batch;
 use cliptune_core::transport::Sinkhorn;
+use cliptune_core::{ImageNeeds, Learned};
 use cliptune_text_pt::{Plot, PlotConfig};
 use serde::Deserialize;
 
@@ -56,7 +56,7 @@ pub(crate) fn run(case: &Case, models: &mut Models, check: &mut Check) -> Result
     let ids = padded(&all, clip.text().context_length())?;
     check.tensor(case, "input.tokenized_prompts", &ids, 0.0)?;
 
-    let mut method = Plot::with_tensors(&config, &clip, &classes, 0, &case.initial()?)?;
+    let mut method = Learned::<Plot>::with_tensors(&config, &clip, &classes, 0, &case.initial()?)?;
     let images = ImageBatch::encode(&clip, case.tensor("images")?, ImageNeeds::LocalFeatures)?;
     let by_place = images.local_features()?.transpose(0, 1)?;
     check.tensor(case, "expect.image_features", &by_place, START)?;

@@ -1,11 +1,11 @@
 //! Cases of ProGrad.
 
 use anyhow::{Context, Result};
-use cliptune_core::method::Predictor;
+use cliptune_core::method::{Predictor, Settings};
 use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, placeholder};
 use cliptune_core::task::ImageBatch;
 use cliptune_core::train::{Batch, Objective};
-use cliptune_core::{Gradients, ImageNeeds};
+use cliptune_core::{Gradients, ImageNeeds, Learned};
 use cliptune_text_pt::{ProGrad, ProGradConfig};
 use serde::Deserialize;
 use serde_json::json;
@@ -50,7 +50,7 @@ pub(crate) fn run(case: &Case, models: &mut Models, check: &mut Check) -> Result
     let tokens = ClassTokens::new(clip.text(), &classes)?;
     let words = match json.ctx_init {
         true => {
-            let fresh = ProGrad::new(&config, &clip, &classes, 0)?;
+            let fresh = Learned::<ProGrad>::new(&config, &clip, &classes, 0)?;
             compare_start(case, fresh.params(), "ctx", check)?;
             let words = json.template.trim_end_matches(" {}.");
             let zeros = json.n_ctx - words.split(' ').count();
@@ -60,7 +60,8 @@ pub(crate) fn run(case: &Case, models: &mut Models, check: &mut Check) -> Result
     };
     compare_tokens(case, &clip, &tokens, &words, json.n_ctx, "init", check)?;
 
-    let mut method = ProGrad::with_tensors(&config, &clip, &classes, 0, &case.initial()?)?;
+    let mut method =
+        Learned::<ProGrad>::with_tensors(&config, &clip, &classes, 0, &case.initial()?)?;
     let images = ImageBatch::encode(&clip, case.tensor("images")?, ImageNeeds::GlobalFeatures)?;
     let teacher = method.teacher_features(&clip, &tokens)?;
     check.tensor(case, "expect.teacher_text_features", &teacher, START)?;

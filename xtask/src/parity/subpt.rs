@@ -8,7 +8,7 @@ use cliptune_core::subspace::Subspace;
 use cliptune_core::task::ImageBatch;
 use cliptune_core::templates;
 use cliptune_core::train::{Batch, Objective};
-use cliptune_core::{Gradients, ImageNeeds};
+use cliptune_core::{Gradients, ImageNeeds, Learned};
 use cliptune_text_pt::subpt::{SubPt, SubPtConfig, Variant};
 use serde::Deserialize;
 
@@ -60,7 +60,7 @@ pub(crate) fn run(case: &Case, models: &mut Models, check: &mut Check) -> Result
     let classes = case.classes()?;
     let tokens = ClassTokens::new(clip.text(), &classes)?;
     if !json.ctx_init.is_empty() {
-        let fresh = SubPt::new(&config, &clip, &classes, 0)?;
+        let fresh = Learned::<SubPt>::new(&config, &clip, &classes, 0)?;
         compare_start(case, fresh.params(), "ctx", check)?;
     }
     let words = words(&json.ctx_init, json.n_ctx);
@@ -69,7 +69,7 @@ pub(crate) fn run(case: &Case, models: &mut Models, check: &mut Check) -> Result
         components(case, finish, dim, check)?;
     }
 
-    let mut method = SubPt::with_tensors(&config, &clip, &classes, 0, &case.initial()?)?;
+    let mut method = Learned::<SubPt>::with_tensors(&config, &clip, &classes, 0, &case.initial()?)?;
     if let Some((learned, anchors)) = method.novel_features(&clip)? {
         check.tensor(case, "expect.nfl_text_features", &learned, START)?;
         check.tensor(case, "input.nfl_text_features", &anchors, START)?;

@@ -3,11 +3,11 @@
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use cliptune_core::checkpoint::read_torch_state;
-use cliptune_core::method::Predictor;
+use cliptune_core::method::{Predictor, Settings};
 use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, placeholder};
 use cliptune_core::task::ImageBatch;
 use cliptune_core::train::{Batch, Loss, Objective, Step};
-use cliptune_core::{Classes, Clip, ImageNeeds, Params, ops};
+use cliptune_core::{Classes, Clip, ImageNeeds, Learned, Params, ops};
 use cliptune_text_pt::{CoOp, CoOpConfig, ZeroShot, ZeroShotConfig};
 use serde::Deserialize;
 use serde_json::json;
@@ -98,10 +98,10 @@ pub(crate) fn coop(case: &Case, models: &mut Models, check: &mut Check) -> Resul
     };
     let classes = case.classes()?;
     let tokens = ClassTokens::new(clip.text(), &classes)?;
-    let mut method = CoOp::with_tensors(&config, &clip, &classes, 0, &case.initial()?)?;
+    let mut method = Learned::<CoOp>::with_tensors(&config, &clip, &classes, 0, &case.initial()?)?;
     let words = words(config.ctx_init.as_deref().unwrap_or(""), json.n_ctx);
     if config.ctx_init.is_some() {
-        let fresh = CoOp::new(&config, &clip, &classes, 0)?;
+        let fresh = Learned::<CoOp>::new(&config, &clip, &classes, 0)?;
         compare_start(case, fresh.params(), "ctx", check)?;
     }
     compare_tokens(case, &clip, &tokens, &words, json.n_ctx, "init", check)?;
@@ -109,7 +109,7 @@ pub(crate) fn coop(case: &Case, models: &mut Models, check: &mut Check) -> Resul
     let pixels = case.tensor("images")?;
     let images = ImageBatch::encode(&clip, pixels, ImageNeeds::GlobalFeatures)?;
     let labels = case.ids("labels")?;
-    let logits = |method: &CoOp, classes: &Classes| -> Result<Tensor> {
+    let logits = |method: &Learned<CoOp>, classes: &Classes| -> Result<Tensor> {
         Ok(method.classifier(&clip, classes)?.logits(&images)?)
     };
     check.tensor(case, "expect.image_features", images.features()?, START)?;
@@ -135,7 +135,7 @@ pub(crate) fn coop(case: &Case, models: &mut Models, check: &mut Check) -> Resul
             check,
         )?;
         let settings = json!({"class_token_position": json.class_token_position});
-        let imported = CoOp::import(&state, &settings, &clip, &classes)?;
+        let (_, imported) = Learned::<CoOp>::import(&state, &settings, &clip, &classes)?;
         check.tensor(case, "expect.logits", &logits(&imported, &classes)?, START)?;
         if let Some(names) = json.new_classnames {
             let other = logits(&imported, &Classes::new(names)?)?;
@@ -152,7 +152,7 @@ pub(crate) fn coop(case: &Case, models: &mut Models, check: &mut Check) -> Resul
     check.tensor(
         case,
         "expect.text_features",
-        &method.text_features(&clip, &tokens)?,
+        &method.context.text_features(&clip, &tokens)?,
         START,
     )?;
     let before = logits(&method, &classes)?;

@@ -2,11 +2,11 @@
 
 use anyhow::Result;
 use candle_core::{D, Tensor};
-use cliptune_core::method::{Classifier, Predictor};
+use cliptune_core::method::Classifier;
 use cliptune_core::prompt::ClassTokens;
 use cliptune_core::task::ImageBatch;
 use cliptune_core::train::{Batch, Loss, Objective, Step};
-use cliptune_core::{Classes, Clip, ImageNeeds, Params, ops};
+use cliptune_core::{Classes, Clip, ImageNeeds, Learned, Params, ops};
 use cliptune_text_pt::vpt::VptType;
 use cliptune_text_pt::{Vpt, VptConfig};
 use serde::Deserialize;
@@ -29,32 +29,18 @@ struct Json {
 /// The method with the case's noise in the place of what it draws.
 #[derive(Debug)]
 struct Noisy<'a> {
-    vpt: Vpt,
+    vpt: &'a Vpt,
     /// `(steps, L, 1, width)`.
     noise: &'a Tensor,
 }
 
-impl Predictor for Noisy<'_> {
-    fn needs(&self) -> ImageNeeds {
-        self.vpt.needs()
-    }
-
+impl Objective for Noisy<'_> {
     fn classifier<'a>(
         &'a self,
         clip: &'a Clip,
         classes: &Classes,
     ) -> cliptune_core::Result<Box<dyn Classifier + 'a>> {
         self.vpt.classifier(clip, classes)
-    }
-
-    fn tensors(&self) -> cliptune_core::Result<Vec<(String, Tensor)>> {
-        self.vpt.tensors()
-    }
-}
-
-impl Objective for Noisy<'_> {
-    fn params(&self) -> &Params {
-        self.vpt.params()
     }
 
     fn loss(&self, clip: &Clip, batch: &Batch<'_>, step: Step) -> cliptune_core::Result<Loss> {
@@ -79,14 +65,14 @@ pub(crate) fn run(case: &Case, models: &mut Models, check: &mut Check) -> Result
     let words = words(&json.ctx_init, json.n_ctx);
     compare_tokens(case, &clip, &tokens, &words, json.n_ctx, "init", check)?;
     if let Some(expected) = json.meta_net_hidden {
-        let fresh = Vpt::new(&config, &clip, &classes, 0)?;
+        let fresh = Learned::<Vpt>::new(&config, &clip, &classes, 0)?;
         let bias = fresh.params().get("meta_net.weight_mean.module.0.bias");
         let hidden = bias.map_or(0, |bias| bias.tensor().elem_count());
         let failure = (hidden != expected).then(|| format!("{hidden}"));
         check.record("config.meta_net_hidden", 0.0, failure);
     }
 
-    let vpt = Vpt::with_tensors(&config, &clip, &classes, 0, &case.initial()?)?;
+    let vpt = Learned::<Vpt>::with_tensors(&config, &clip, &classes, 0, &case.initial()?)?;
     let images = ImageBatch::encode(&clip, case.tensor("images")?, ImageNeeds::GlobalFeatures)?;
     check.tensor(case, "expect.image_features", images.features()?, START)?;
     let unit = ops::unit_length(images.features()?, "an image feature")?;
@@ -123,9 +109,10 @@ pub(crate) fn run(case: &Case, models: &mut Models, check: &mut Check) -> Result
         labels: &labels,
         classes: &tokens,
     };
-    let mut noisy = Noisy { vpt, noise };
+    let noisy = Noisy { vpt: &vpt, noise };
+    let mut noisy = Learned::of(noisy, vpt.params().clone());
     objective::train(case, &clip, &mut noisy, &batch, check)?;
-    let (_, log_probs) = sampled(&noisy.vpt, case.tensor("noise.eval_after")?)?;
+    let (_, log_probs) = sampled(&vpt, case.tensor("noise.eval_after")?)?;
     let after = ops::log_mean_exp(&log_probs)?;
     check.tensor(case, "expect.logits_after", &after, AFTER)
 }

@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::{EpochRecord, History, Objective, Tally};
 use crate::files::write_atomically;
+use crate::learned::Learned;
 use crate::optim::Optimizer;
 use crate::params::Params;
 use crate::prompt_file::{read_safetensors, to_safetensors};
@@ -104,7 +105,7 @@ pub(super) fn save<O: Objective>(
     path: &Path,
     identity: &str,
     saved: &Saved,
-    objective: &O,
+    learned: &Learned<O>,
     optimizer: &Optimizer,
 ) -> Result<()> {
     let header = Header {
@@ -121,9 +122,9 @@ pub(super) fn save<O: Objective>(
                 .map(|(name, tensor)| (format!("{group}/{name}"), tensor)),
         );
     };
-    add("param", objective.params().tensors()?);
-    add("optimizer", optimizer.tensors(objective.params())?);
-    add("state", objective.state());
+    add("param", learned.params().tensors()?);
+    add("optimizer", optimizer.tensors(learned.params())?);
+    add("state", learned.state());
     if let Some(best) = &saved.best {
         add("best", best.clone().into_iter().collect());
     }
@@ -136,7 +137,7 @@ pub(super) fn save<O: Objective>(
 pub(super) fn load<O: Objective>(
     path: &Path,
     identity: &str,
-    objective: &mut O,
+    learned: &mut Learned<O>,
     optimizer: &mut Optimizer,
 ) -> Result<Option<Saved>> {
     if !path.exists() {
@@ -160,9 +161,9 @@ pub(super) fn load<O: Objective>(
         };
         tensors.iter().filter_map(named).collect()
     };
-    objective.params().load(&group("param"))?;
-    optimizer.load(objective.params(), &group("optimizer"))?;
-    objective.load_state(&group("state"))?;
+    learned.params().load(&group("param"))?;
+    optimizer.load(learned.params(), &group("optimizer"))?;
+    learned.load_state(&group("state"))?;
     let best = group("best");
     let Header {
         epoch,

@@ -1,19 +1,21 @@
 //! What the tests of all methods of this family share: a tiny random CLIP, pictures of noise, ways to look at tensors.
-#![allow(dead_code)] // Each test file takes what it needs.
+#![allow(dead_code, clippy::unwrap_used)] // Each test file takes what it needs.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use candle_core::{Device, Tensor};
 use cliptune_core::checkpoint::random;
 use cliptune_core::method::Predictor;
 use cliptune_core::prompt::ClassTokens;
 use cliptune_core::rng::Rng;
+use cliptune_core::run::{Progress, TrainStatus};
 use cliptune_core::task::{MemoryImages, Split};
 use cliptune_core::train::{Batch, Loss, Objective, Step, gradients};
 use cliptune_core::{
-    Activation, Arch, Classes, Clip, Error, Gradients, ImageBatch, Labelled, Result, Storage,
-    VisionArch,
+    Activation, Arch, Classes, Clip, Error, Gradients, ImageBatch, Labelled, Learned, Result,
+    Storage, VisionArch,
 };
 
 pub(crate) fn clip() -> Result<Clip> {
@@ -65,6 +67,40 @@ pub(crate) fn data() -> Result<Labelled> {
     })
 }
 
+/// Keeps what the user should read, and sets the run's cancel flag after a number of steps.
+#[derive(Clone, Default)]
+pub(crate) struct Watcher {
+    pub(crate) notes: Arc<Mutex<Vec<String>>>,
+    steps: Arc<AtomicUsize>,
+    stop: Option<(usize, Arc<AtomicBool>)>,
+}
+
+impl Watcher {
+    pub(crate) fn stopping(run: &Run, after: usize) -> Self {
+        Self {
+            stop: Some((after, run.cancel.clone())),
+            ..Self::default()
+        }
+    }
+}
+
+impl Progress for Watcher {
+    fn start(&mut self, _: &str, _: u64, _: u64) {}
+    fn trained(&mut self, _: u64, _: &TrainStatus) {
+        let steps = self.steps.fetch_add(1, Ordering::Relaxed) + 1;
+        if let Some((after, cancel)) = &self.stop
+            && steps == *after
+        {
+            cancel.store(true, Ordering::Relaxed);
+        }
+    }
+    fn advanced(&mut self, _: u64) {}
+    fn finish(&mut self) {}
+    fn note(&mut self, message: &str) {
+        self.notes.lock().unwrap().push(message.to_owned());
+    }
+}
+
 /// Raw features of `n` pictures.
 pub(crate) fn images(clip: &Clip, n: usize) -> Result<ImageBatch> {
     let pixels = drawn(9, (n, 3, 32, 32))?;
@@ -79,7 +115,7 @@ pub(crate) fn logits(predictor: &dyn Predictor, clip: &Clip, classes: &Classes) 
 
 /// Loss and gradients of the first step on `n` pictures with labels 0, 1, 2, 0, ...
 pub(crate) fn step<O: Objective>(
-    method: &mut O,
+    method: &mut Learned<O>,
     clip: &Clip,
     classes: &Classes,
     n: usize,
@@ -103,7 +139,7 @@ pub(crate) fn step<O: Objective>(
 
 /// Every learned tensor gets a gradient, and its length is the slope of the loss along it.
 pub(crate) fn gradients_are_slopes<O: Objective>(
-    method: &mut O,
+    method: &mut Learned<O>,
     clip: &Clip,
     classes: &Classes,
     n: usize,
@@ -145,7 +181,7 @@ pub(crate) fn difference(a: &Tensor, b: &Tensor) -> Result<f32> {
 
 /// The learned tensors with `name` replaced.
 pub(crate) fn with(
-    method: &impl Objective,
+    method: &Learned<impl Objective>,
     name: &str,
     value: Tensor,
 ) -> Result<BTreeMap<String, Tensor>> {
