@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use cliptune_benches::{classes, normal, rn50, vit_b16};
 use cliptune_core::prompt::ClassTokens;
-use cliptune_core::train::{Batch, Objective, Step, gradients};
+use cliptune_core::train::{Batch, Step, gradients};
 use cliptune_core::{ImageBatch, Learned, optim};
 use cliptune_text_pt::{CoCoOp, CoCoOpConfig, CoOp, CoOpConfig};
 use criterion::{Criterion, criterion_group, criterion_main};

@@ -8,7 +8,6 @@ use candle_core::{DType, Device, IndexOp, Tensor};
 use cliptune_core::checkpoint::TorchState;
 use cliptune_core::method::{Method, Predictor, Settings};
 use cliptune_core::prompt::ClassTokens;
-use cliptune_core::train::Objective;
 use cliptune_core::{Clip, ImageBatch, Learned, Result, Run, ops};
 use cliptune_text_pt::{CoCoOp, CoCoOpConfig, CoOp, CoOpConfig, ZeroShot, ZeroShotConfig, cocoop};
 use common::*;

@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, IndexOp, Tensor};
 use cliptune_core::checkpoint::TorchState;
 use cliptune_core::method::{Method, Predictor, Settings};
-use cliptune_core::train::Objective;
 use cliptune_core::{Clip, ImageBatch, Learned, Result, Run};
 use cliptune_text_pt::kgcoop::{self, Distance};
 use cliptune_text_pt::{CoOpConfig, KgCoOp, KgCoOpConfig, ZeroShot, ZeroShotConfig};

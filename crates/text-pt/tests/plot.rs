@@ -9,7 +9,7 @@ use cliptune_core::checkpoint::TorchState;
 use cliptune_core::method::{Predictor, Settings};
 use cliptune_core::prompt::{ClassTokenPosition, ClassTokens};
 use cliptune_core::task::ImageBatch;
-use cliptune_core::train::{Batch, Loss, Objective, Step, gradients};
+use cliptune_core::train::{Batch, Loss, Step, gradients};
 use cliptune_core::transport::{Domain, PlanGradients, Sinkhorn, StopRule};
 use cliptune_core::{Classes, Clip, Gradients, ImageNeeds, Learned, Result, ops};
 use cliptune_text_pt::plot::{self, Plot, PlotConfig};

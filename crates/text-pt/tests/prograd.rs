@@ -8,7 +8,6 @@ use candle_core::Tensor;
 use cliptune_core::checkpoint::TorchState;
 use cliptune_core::method::{Method, Predictor, Settings};
 use cliptune_core::prompt::{ClassTokenPosition, ClassTokens};
-use cliptune_core::train::Objective;
 use cliptune_core::{Clip, Gradients, Learned, Result, Run};
 use cliptune_text_pt::{CoOp, CoOpConfig, ProGrad, ProGradConfig, prograd};
 use common::*;

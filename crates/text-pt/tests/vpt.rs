@@ -8,7 +8,7 @@ use candle_core::{D, DType, Device, IndexOp, Tensor};
 use cliptune_core::checkpoint::TorchState;
 use cliptune_core::method::{Method, Predictor, Settings};
 use cliptune_core::prompt::ClassTokens;
-use cliptune_core::train::{Batch, Objective};
+use cliptune_core::train::Batch;
 use cliptune_core::{Clip, ImageBatch, Learned, Result, Run, ops};
 use cliptune_text_pt::vpt::{self, Bound, Prediction, VptType};
 use cliptune_text_pt::{CoOp, CoOpConfig, Vpt, VptConfig, ZeroShot, ZeroShotConfig};

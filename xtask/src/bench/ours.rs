@@ -5,7 +5,6 @@ use candle_core::Tensor;
 use cliptune_core::method::Settings;
 use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, Prompts, placeholder};
 use cliptune_core::tokenizer::END;
-use cliptune_core::train::Objective;
 use cliptune_core::{Classes, Clip, Gradients, Learned, Params, ops};
 use cliptune_text_pt::{CoCoOp, CoCoOpConfig, CoOp, CoOpConfig};
 use serde_json::json;

@@ -4,7 +4,7 @@ use anyhow::Result;
 use cliptune_core::method::Predictor;
 use cliptune_core::prompt::ClassTokens;
 use cliptune_core::task::ImageBatch;
-use cliptune_core::train::{Batch, Objective};
+use cliptune_core::train::Batch;
 use cliptune_core::{ImageNeeds, Learned, ops};
 use cliptune_text_pt::{CoCoOp, CoCoOpConfig};
 use serde::Deserialize;

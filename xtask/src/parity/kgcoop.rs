@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use cliptune_core::method::Predictor;
 use cliptune_core::prompt::{ClassTokenPosition, ClassTokens};
 use cliptune_core::task::ImageBatch;
-use cliptune_core::train::{Batch, Objective};
+use cliptune_core::train::Batch;
 use cliptune_core::{ImageNeeds, Learned};
 use cliptune_text_pt::{KgCoOp, KgCoOpConfig};
 use serde::Deserialize;

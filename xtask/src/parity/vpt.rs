@@ -6,7 +6,7 @@ use cliptune_core::method::Classifier;
 use cliptune_core::prompt::ClassTokens;
 use cliptune_core::task::ImageBatch;
 use cliptune_core::train::{Batch, Loss, Objective, Step};
-use cliptune_core::{Classes, Clip, ImageNeeds, Learned, Params, ops};
+use cliptune_core::{Classes, Clip, ImageNeeds, Learned, ops};
 use cliptune_text_pt::vpt::VptType;
 use cliptune_text_pt::{Vpt, VptConfig};
 use serde::Deserialize;

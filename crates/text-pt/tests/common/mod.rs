@@ -14,7 +14,7 @@ use cliptune_core::run::{Progress, TrainStatus};
 use cliptune_core::task::{MemoryImages, Split};
 use cliptune_core::train::{Batch, Loss, Objective, Step, gradients};
 use cliptune_core::{
-    Activation, Arch, Classes, Clip, Error, Gradients, ImageBatch, Labelled, Learned, Result,
+    Activation, Arch, Classes, Clip, Error, Gradients, ImageBatch, Labelled, Learned, Result, Run,
     Storage, VisionArch,
 };
 
