@@ -8,7 +8,7 @@ use cliptune_benches::{classes, normal, rn50, vit_b16};
 use cliptune_core::prompt::ClassTokens;
 use cliptune_core::train::{Batch, Step, gradients};
 use cliptune_core::{ImageBatch, Learned, optim};
-use cliptune_text_pt::{CoCoOp, CoCoOpConfig, CoOp, CoOpConfig};
+use cliptune_text_pt::{CoOp, CoOpConfig};
 use criterion::{Criterion, criterion_group, criterion_main};
 
 fn one_thread(_: &mut Criterion) {
@@ -60,33 +60,5 @@ fn coop_step(c: &mut Criterion) {
     }
 }
 
-fn cocoop_step(c: &mut Criterion) {
-    let mut group = c.benchmark_group("CoCoOp step, 4 context tokens, batch 4");
-    group
-        .sample_size(10)
-        .measurement_time(Duration::from_secs(10));
-    let clip = vit_b16().unwrap();
-    let classes = classes(50).unwrap();
-    let config = CoCoOpConfig::default();
-    let mut cocoop = Learned::<CoCoOp>::new(&config, &clip, &classes, 1).unwrap();
-    let tokens = ClassTokens::new(clip.text(), &classes).unwrap();
-    let images = ImageBatch::of_features(normal(&[4, 512]).unwrap());
-    let batch = Batch {
-        images: &images,
-        labels: &[0, 1, 2, 3],
-        classes: &tokens,
-    };
-    let step = Step {
-        seed: 0,
-        epoch: 0,
-        epochs: 1,
-        index: 0,
-        steps: 1,
-    };
-    group.bench_function("50 classes", |b| {
-        b.iter(|| gradients(&mut cocoop, &clip, &batch, step).unwrap());
-    });
-}
-
-criterion_group!(benches, one_thread, image_towers, coop_step, cocoop_step);
+criterion_group!(benches, one_thread, image_towers, coop_step);
 criterion_main!(benches);

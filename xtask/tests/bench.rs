@@ -45,6 +45,8 @@ fn rows_are_listed() -> TestResult {
         "coop-100",
         "coop-1000",
         "cocoop",
+        "plot",
+        "vpt",
         "zeroshot",
         "vit-b16",
         "rn50",
@@ -81,7 +83,7 @@ fn ours_equals_candle_in_every_row() -> TestResult {
     assert!(output.status.success(), "{}", text(&output.stderr));
     let results: Value = serde_json::from_slice(&std::fs::read(result(dir.path(), "json")?)?)?;
     let rows = results["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 6);
+    assert_eq!(rows.len(), 8);
     let page = std::fs::read_to_string(result(dir.path(), "md")?)?;
     for row in rows {
         let name = row["row"].as_str().unwrap();
@@ -113,6 +115,14 @@ fn ours_equals_candle_in_every_row() -> TestResult {
                 "grad.meta_net.linear2.bias",
                 "grad.meta_net.linear2.weight",
                 "logits",
+            ],
+            "plot" => &["features", "grad.ctx", "logits", "plan"],
+            "vpt" => &[
+                "grad.ctx",
+                "grad.mean_posterior",
+                "grad.std_posterior",
+                "logits",
+                "loss",
             ],
             "zeroshot" => &["features", "weights"],
             _ => &["features"],

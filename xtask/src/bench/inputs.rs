@@ -128,6 +128,35 @@ fn tensors(task: &Task, arch: &Arch) -> Result<Named> {
                 labels(batch, classes)?,
             ]
         }
+        Task::Plot {
+            classes,
+            n_prompts,
+            n_ctx,
+            places,
+            batch,
+            ..
+        } => vec![
+            tokens(&learned_prompts(classes, n_ctx), arch.context_length)?,
+            normal("ctx", &[n_prompts, n_ctx, width], 0.02)?,
+            normal("image_features", &[batch, 1 + places, dim], 1.0)?,
+            labels(batch, classes)?,
+        ],
+        Task::Vpt {
+            classes,
+            samples,
+            n_ctx,
+            batch,
+            ..
+        } => vec![
+            tokens(&learned_prompts(classes, n_ctx), arch.context_length)?,
+            normal("ctx", &[n_ctx, width], 0.02)?,
+            normal("mean_posterior", &[1, width], 0.02)?,
+            // A log-variance, in spite of its name.
+            normal("std_posterior", &[1, width], 0.5)?,
+            normal("noise", &[samples, 1, width], 1.0)?,
+            normal("image_features", &[batch, dim], 1.0)?,
+            labels(batch, classes)?,
+        ],
         Task::ZeroShot {
             templates,
             names: n,

@@ -5,8 +5,9 @@ use candle_core::Tensor;
 use cliptune_core::method::Settings;
 use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, Prompts, placeholder};
 use cliptune_core::tokenizer::END;
-use cliptune_core::{Classes, Clip, Gradients, Learned, Params, ops};
-use cliptune_text_pt::{CoCoOp, CoCoOpConfig, CoOp, CoOpConfig};
+use cliptune_core::train::{Batch, Objective};
+use cliptune_core::{Classes, Clip, Gradients, ImageBatch, Learned, Params, ops};
+use cliptune_text_pt::{CoCoOp, CoCoOpConfig, CoOp, CoOpConfig, PlotConfig, VptConfig};
 use serde_json::json;
 
 use super::inputs::{self, Named};
@@ -30,6 +31,18 @@ pub(super) fn work(job: &Job, twice: bool) -> Result<Box<dyn Work>> {
         Task::Cocoop { classes, n_ctx, .. } => {
             Box::new(Cocoop::new(clip, &inputs, classes, n_ctx)?)
         }
+        Task::Plot {
+            classes,
+            n_prompts,
+            n_ctx,
+            ..
+        } => Box::new(Plot::new(clip, &inputs, classes, n_prompts, n_ctx)?),
+        Task::Vpt {
+            classes,
+            samples,
+            n_ctx,
+            ..
+        } => Box::new(Vpt::new(clip, &inputs, classes, samples, n_ctx)?),
         Task::ZeroShot { templates, .. } => Box::new(ZeroShot {
             prompts: Prompts::of_tokens(tokens(&inputs)?),
             clip,
@@ -165,13 +178,113 @@ impl Work for Cocoop {
 
     fn forecast(&self) -> Result<Option<u64>> {
         let contexts = self.cocoop.contexts(&self.unit()?)?;
-        let n_ctx = contexts.dim(1)?;
-        let words = placeholder(n_ctx);
-        let prompts = self
-            .classes
-            .weave_each(&contexts, &words, ClassTokenPosition::End)?;
-        Ok(Some(self.clip.text().forecast(&prompts)?.bytes()))
+        forecast_each(&self.clip, &self.classes, &contexts)
     }
+}
+
+struct Plot {
+    clip: Clip,
+    plot: Learned<cliptune_text_pt::Plot>,
+    classes: ClassTokens,
+    images: ImageBatch,
+    labels: Vec<u32>,
+}
+
+impl Plot {
+    fn new(
+        clip: Clip,
+        inputs: &Named,
+        classes: usize,
+        n_prompts: usize,
+        n_ctx: usize,
+    ) -> Result<Self> {
+        let classes = Classes::new(names(classes))?;
+        let config = PlotConfig::read(&json!({ "n_prompts": n_prompts, "n_ctx": n_ctx }))?;
+        Ok(Self {
+            plot: Learned::<cliptune_text_pt::Plot>::with_tensors(&config, &clip, &classes, 0, inputs)?,
+            classes: ClassTokens::new(clip.text(), &classes)?,
+            clip,
+            images: ImageBatch::of_local_features(inputs["image_features"].clone())?,
+            labels: labels(inputs)?,
+        })
+    }
+}
+
+impl Work for Plot {
+    fn step(&mut self, _: usize) -> Result<Named> {
+        let features = self.plot.text_features(&self.clip, &self.classes)?;
+        let matched = self.plot.matched(&self.clip, &self.images, &features)?;
+        let loss = ops::cross_entropy(&matched.logits, &self.labels)?;
+        let results = [
+            ("features", &features.flatten(0, 1)?),
+            ("logits", &matched.logits),
+            ("plan", &matched.transport.plan),
+        ];
+        with_gradients(&results, &loss, self.plot.params())
+    }
+
+    fn forecast(&self) -> Result<Option<u64>> {
+        let ctx = self.plot.params().get("ctx").context("no contexts")?;
+        forecast_each(&self.clip, &self.classes, ctx.tensor())
+    }
+}
+
+struct Vpt {
+    clip: Clip,
+    vpt: Learned<cliptune_text_pt::Vpt>,
+    classes: ClassTokens,
+    images: ImageBatch,
+    labels: Vec<u32>,
+    noise: Tensor,
+}
+
+impl Vpt {
+    fn new(
+        clip: Clip,
+        inputs: &Named,
+        classes: usize,
+        samples: usize,
+        n_ctx: usize,
+    ) -> Result<Self> {
+        let classes = Classes::new(names(classes))?;
+        let settings = json!({ "n_ctx": n_ctx, "ctx_init": null, "samples": samples });
+        let config = VptConfig::read(&settings)?;
+        Ok(Self {
+            vpt: Learned::<cliptune_text_pt::Vpt>::with_tensors(&config, &clip, &classes, 0, inputs)?,
+            classes: ClassTokens::new(clip.text(), &classes)?,
+            clip,
+            images: ImageBatch::of_features(inputs["image_features"].clone()),
+            labels: labels(inputs)?,
+            noise: inputs["noise"].clone(),
+        })
+    }
+}
+
+impl Work for Vpt {
+    fn step(&mut self, _: usize) -> Result<Named> {
+        let batch = Batch {
+            images: &self.images,
+            labels: &self.labels,
+            classes: &self.classes,
+        };
+        let loss = self.vpt.loss_with(&self.clip, &batch, &self.noise)?;
+        let logits = loss.logits.as_ref().context("a loss without logits")?;
+        let results = [("logits", logits), ("loss", &loss.total.reshape(1)?)];
+        with_gradients(&results, &loss.total, self.vpt.params())
+    }
+
+    fn forecast(&self) -> Result<Option<u64>> {
+        let posterior = self.vpt.posterior(self.images.features()?)?;
+        let contexts = self.vpt.contexts(&posterior, &self.noise)?.flatten(0, 1)?;
+        forecast_each(&self.clip, &self.classes, &contexts)
+    }
+}
+
+/// Bytes that a pass of every class with each of `contexts (n, n_ctx, width)` is expected to add to the process.
+fn forecast_each(clip: &Clip, classes: &ClassTokens, contexts: &Tensor) -> Result<Option<u64>> {
+    let words = placeholder(contexts.dim(1)?);
+    let prompts = classes.weave_each(contexts, &words, ClassTokenPosition::End)?;
+    Ok(Some(clip.text().forecast(&prompts)?.bytes()))
 }
 
 struct ZeroShot {

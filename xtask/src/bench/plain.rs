@@ -1,5 +1,7 @@
 //! CLIP in candle's own operations, as someone without this workspace would write it.
 
+mod several;
+
 use anyhow::Result;
 use candle_core::{D, DType, Device, IndexOp, Tensor, Var};
 use candle_nn::{BatchNorm, Linear, Module, ModuleT};
@@ -15,7 +17,7 @@ pub(super) fn work(job: &Job) -> Result<Box<dyn Work>> {
             .into_iter()
             .map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::F32)?)))
             .collect::<Result<_>>()?,
-        learns: matches!(job.task, Task::Coop { .. } | Task::Cocoop { .. }),
+        learns: !matches!(job.task, Task::ZeroShot { .. } | Task::Image { .. }),
     };
     let inputs = inputs::read(&job.inputs)?;
     let learned = |name: &str| Var::from_tensor(&inputs[name]);
@@ -41,6 +43,8 @@ pub(super) fn work(job: &Job) -> Result<Box<dyn Work>> {
                 clip,
             })
         }
+        Task::Plot { graph, .. } => Box::new(several::plot(clip, &inputs, graph)?),
+        Task::Vpt { graph, .. } => Box::new(several::vpt(clip, &inputs, graph)?),
         Task::ZeroShot {
             templates, batch, ..
         } => Box::new(ZeroShot {

@@ -6,6 +6,7 @@ protocol. The contender `fair` differs from `authors` in one point: prompts are 
 
 import ctypes
 import json
+import math
 import mmap
 import platform
 import sys
@@ -14,6 +15,7 @@ from collections import OrderedDict
 
 import torch
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "I64": torch.int64}
@@ -251,14 +253,26 @@ class Work:
         """The fair contender's tokens end with the last end token of the batch."""
         return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1] if self.cut else tokens
 
-    def features(self, ctx, tokens):
-        """Features of prompts with `ctx` (n_ctx, width) behind the start token."""
-        tokens, n_ctx = self.shorten(tokens), ctx.shape[0]
+    def prompts(self, ctx, tokens):
+        """Input embeddings of prompts with `ctx` (n_ctx, width) behind the start token."""
+        n_ctx = ctx.shape[0]
         with torch.no_grad():
             embedded = self.clip.token_embedding(tokens)
         prefix, suffix = embedded[:, :1], embedded[:, 1 + n_ctx :]
         ctx = ctx.unsqueeze(0).expand(tokens.shape[0], -1, -1)
-        return self.clip.encode_embedded(torch.cat([prefix, ctx, suffix], dim=1), tokens)
+        return torch.cat([prefix, ctx, suffix], dim=1)
+
+    def features(self, ctx, tokens):
+        """Features of prompts with `ctx` (n_ctx, width)."""
+        tokens = self.shorten(tokens)
+        return self.clip.encode_embedded(self.prompts(ctx, tokens), tokens)
+
+    def features_each(self, contexts, tokens):
+        """Features (contexts, classes, dim) of the prompts with each of the contexts, all in one pass."""
+        tokens, n = self.shorten(tokens), contexts.shape[0]
+        prompts = torch.cat([self.prompts(ctx, tokens) for ctx in contexts])
+        features = self.clip.encode_embedded(prompts, tokens.repeat(n, 1))
+        return features.view(n, tokens.shape[0], -1)
 
     def check(self):
         return self.step(0)
@@ -333,6 +347,74 @@ class Cocoop(Work):
         return out
 
 
+class Plot(Work):
+    EPS, MAX_ITER, THRESHOLD = 0.1, 100, 1e-2
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.ctx = nn.Parameter(self.inputs["ctx"])
+        # The tower gives the batch second, the global feature first.
+        self.places = self.inputs["image_features"][:, 1:].transpose(0, 1).contiguous()
+
+    def plan(self, kernel, rows, columns):
+        r, c = torch.ones_like(rows), torch.ones_like(columns)
+        for _ in range(self.MAX_ITER):
+            before = r
+            r = rows / (kernel @ c.unsqueeze(-1)).squeeze(-1)
+            c = columns / (kernel.transpose(1, 2).contiguous() @ r.unsqueeze(-1)).squeeze(-1)
+            if (r - before).abs().mean().item() < self.THRESHOLD:
+                break
+        return r.unsqueeze(-1) @ c.unsqueeze(-2) * kernel
+
+    def step(self, _):
+        self.ctx.grad = None
+        text = self.features_each(self.ctx, self.inputs["tokens"])
+        (n, classes, _), (m, batch, _) = text.shape, self.places.shape
+        places, unit_text = F.normalize(self.places, dim=2), F.normalize(text, dim=2)
+        similarity = torch.einsum("mbd,ncd->mnbc", places, unit_text).contiguous()
+        similarity = similarity.view(m, n, batch * classes).permute(2, 0, 1)
+        with torch.no_grad():
+            kernel = torch.exp(-(1 - similarity) / self.EPS)
+            rows = torch.full((batch * classes, m), 1 / m)
+            columns = torch.full((batch * classes, n), 1 / n)
+            plan = self.plan(kernel, rows, columns)
+        score = torch.sum(plan * similarity, dim=(1, 2)).view(batch, classes)
+        logits = self.clip.logit_scale.exp() * score
+        F.cross_entropy(logits, self.inputs["labels"]).backward()
+        return {"features": text.flatten(0, 1), "logits": logits, "plan": plan, "grad.ctx": self.ctx.grad}
+
+
+class Vpt(Work):
+    KL_WEIGHT = 0.001
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        names = ["ctx", "mean_posterior", "std_posterior"]
+        self.learned = nn.ParameterDict({name: nn.Parameter(self.inputs[name]) for name in names})
+
+    def step(self, _):
+        self.learned.zero_grad()
+        noise, labels = self.inputs["noise"], self.inputs["labels"]
+        mean, log_variance = self.learned["mean_posterior"], self.learned["std_posterior"]
+        added = mean.unsqueeze(0) + noise * log_variance.exp().sqrt().unsqueeze(0)
+        contexts = self.learned["ctx"].unsqueeze(0) + added
+        text = unit(self.features_each(contexts, self.inputs["tokens"]))
+        images = unit(self.inputs["image_features"]).unsqueeze(0).expand(len(noise), -1, -1)
+        logits = self.clip.logit_scale.exp() * torch.einsum("lbd,lcd->lbc", images, text)
+        log_probs = torch.log_softmax(logits, dim=-1)
+        chosen = (log_probs * F.one_hot(labels, logits.shape[-1])).sum(dim=-1)
+        task = -(torch.logsumexp(chosen, dim=0) - math.log(len(noise))).mean(dim=-1)
+        prior = Normal(torch.zeros_like(mean), torch.ones_like(log_variance))
+        kl = kl_divergence(Normal(mean, log_variance.exp().sqrt()), prior).mean(dim=-1)
+        loss = task + self.KL_WEIGHT * kl
+        loss.backward()
+        averaged = torch.logsumexp(log_probs.detach(), dim=0) - math.log(len(noise))
+        out = {"logits": averaged, "loss": loss.reshape(1)}
+        for name, param in self.learned.items():
+            out[f"grad.{name}"] = param.grad
+        return out
+
+
 class ZeroShot(Work):
     @torch.no_grad()
     def step(self, _):
@@ -351,7 +433,7 @@ class Image(Work):
         return {"features": self.clip.visual(self.inputs["pixels"])}
 
 
-WORK = {"coop": Coop, "cocoop": Cocoop, "zero-shot": ZeroShot, "image": Image}
+WORK = {"coop": Coop, "cocoop": Cocoop, "plot": Plot, "vpt": Vpt, "zero-shot": ZeroShot, "image": Image}
 
 
 def answer(reply):
