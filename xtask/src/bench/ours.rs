@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use cliptune_core::method::Settings;
 use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, Prompts, placeholder};
 use cliptune_core::tokenizer::END;
-use cliptune_core::train::{Batch, Objective};
+use cliptune_core::train::Batch;
 use cliptune_core::{Classes, Clip, Gradients, ImageBatch, Learned, Params, ops};
 use cliptune_text_pt::{CoCoOp, CoCoOpConfig, CoOp, CoOpConfig, PlotConfig, VptConfig};
 use serde_json::json;

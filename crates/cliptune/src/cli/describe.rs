@@ -87,8 +87,13 @@ fn describe(entry: &Entry, width: usize) -> Result<String> {
         "\nSettings with their defaults, for the file that `cliptune fit --config` reads\n",
     );
     text.push_str(
-        "(on the command line: --set KEY=VALUE, with dots: --set train.optimizer.kind=adam):\n\n",
+        "(on the command line: --set KEY=VALUE, with dots: --set train.optimizer.kind=adam).\n",
     );
+    writeln!(
+        text,
+        "What each of them does: docs/methods/{}.md in the repository.\n",
+        entry.slug
+    )?;
     text.push_str("[config]\n");
     settings(&mut text, "config", &(entry.defaults)())?;
     Ok(text)

@@ -96,13 +96,19 @@ impl Scene {
         names
     }
 
-    /// `cliptune` with `args`, in the folder. The word `CLIP` stands for the weights.
-    pub(crate) fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_cliptune"));
+    /// `program`, in the folder.
+    pub(crate) fn program(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
         command.current_dir(self.dir.path()).stdin(Stdio::null());
         command
             .env("XDG_CACHE_HOME", self.path("cache"))
             .env("HOME", self.path("home"));
+        command
+    }
+
+    /// `cliptune` with `args`, in the folder. The word `CLIP` stands for the weights.
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        let mut command = self.program(env!("CARGO_BIN_EXE_cliptune"));
         for arg in args {
             match *arg {
                 "CLIP" => command.arg(clip()),
