@@ -98,6 +98,14 @@ impl Contestant {
         {
             *sentence = json!(template);
         }
+        // A sentence with the name in its middle has no words for a context to begin with.
+        if !template.ends_with(" {}.")
+            && !names_data
+            && let Some(begins_with_words) = config.get_mut("ctx_init")
+            && *begins_with_words == json!(true)
+        {
+            *begins_with_words = json!(false);
+        }
         Ok(self.configured(&config)?.config())
     }
 
@@ -274,6 +282,25 @@ mod tests {
         assert!(slugs.contains(&"coop-class-specific"));
         assert_eq!(choose(&["coop".into()], &[])?.len(), 2);
         assert_eq!(choose(&["coop-class-specific".into()], &[])?.len(), 1);
+        Ok(())
+    }
+
+    #[test]
+    fn every_contestant_can_learn_every_task() -> Result<()> {
+        let drawn = Drawn {
+            shots: 16,
+            n_cls: 10,
+        };
+        for contestant in choose(&[], &[])? {
+            for task in crate::reproduce::builtin::tasks() {
+                let config = contestant.config(&task.template, Some(drawn));
+                let config = config.with_context(|| task.slug.clone())?;
+                if contestant.slug == "prograd" {
+                    let ends = task.template.ends_with(" {}.");
+                    assert_eq!(config["ctx_init"], json!(ends), "{}", task.template);
+                }
+            }
+        }
         Ok(())
     }
 

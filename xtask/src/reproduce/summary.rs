@@ -56,12 +56,18 @@ pub(crate) struct Who {
 #[derive(Debug)]
 pub(crate) struct Results {
     records: Vec<Record>,
+    /// Slugs of all contestants there are.
+    order: Vec<String>,
 }
 
 impl Results {
     pub(crate) fn new(mut records: Vec<Record>) -> Self {
         records.sort_by(|a, b| a.run.cmp(&b.run));
-        Self { records }
+        let order = match contestants::choose(&[], &[]) {
+            Ok(all) => all.into_iter().map(|contestant| contestant.slug).collect(),
+            Err(_) => Vec::new(),
+        };
+        Self { records, order }
     }
 
     pub(crate) fn all(&self) -> &[Record] {
@@ -108,21 +114,29 @@ impl Results {
 
     /// Everyone with a result under `protocol` on `task`, in the order of the registry.
     pub(crate) fn who(&self, protocol: Protocol, task: &str) -> Vec<Who> {
-        let order: Vec<String> = match contestants::choose(&[], &[]) {
-            Ok(all) => all.into_iter().map(|contestant| contestant.slug).collect(),
-            Err(_) => Vec::new(),
-        };
-        let who = |r: &Record| Who {
-            place: order
-                .iter()
-                .position(|slug| *slug == r.run.contestant)
-                .unwrap_or(order.len()),
-            slug: r.run.contestant.clone(),
-            label: r.label.clone(),
-            fixed: r.run.shots == 0,
-        };
-        let all: BTreeSet<Who> = self.of(protocol, task).map(who).collect();
+        let all: BTreeSet<Who> = self.of(protocol, task).map(|r| self.who_made(r)).collect();
         all.into_iter().collect()
+    }
+
+    /// Whose result `record` is.
+    pub(crate) fn who_made(&self, record: &Record) -> Who {
+        let place = self
+            .order
+            .iter()
+            .position(|slug| *slug == record.run.contestant);
+        Who {
+            place: place.unwrap_or(self.order.len()),
+            slug: record.run.contestant.clone(),
+            label: record.label.clone(),
+            fixed: record.run.shots == 0,
+        }
+    }
+
+    /// Seeds of what was learned.
+    pub(crate) fn seeds(&self) -> Vec<String> {
+        let learned = self.records.iter().filter(|r| r.run.shots > 0);
+        let seeds: BTreeSet<u64> = learned.map(|r| r.run.seed).collect();
+        seeds.iter().map(ToString::to_string).collect()
     }
 
     /// Numbers of shots under `protocol` on `task`, 0 left out.
@@ -177,8 +191,8 @@ impl Results {
         Some(self.few_shot(task, &fixed, 0)?.mean)
     }
 
-    /// What learning did to classes that were not trained on: a sentence for each contestant, tasks called by `name`.
-    pub(crate) fn on_new_classes<'a>(&'a self, name: impl Fn(&'a str) -> &'a str) -> Vec<String> {
+    /// What learning did to classes that were not trained on: a sentence for each contestant.
+    pub(crate) fn on_new_classes(&self) -> Vec<String> {
         let mut learners: BTreeSet<Who> = BTreeSet::new();
         let tasks = self.tasks(Protocol::BaseToNew);
         for task in &tasks {
@@ -186,70 +200,101 @@ impl Results {
             learners.extend(all.into_iter().filter(|who| !who.fixed));
         }
         let sentence = |who: &Who| {
-            let verdict = |task: &&'a str| Some((name(task), self.change_on_new(task, who)?));
-            let verdicts: Vec<(&str, Change)> = tasks.iter().filter_map(verdict).collect();
+            let verdict = |task: &&str| Some(((*task).to_owned(), self.change_on_new(task, who)?));
+            let verdicts: Vec<(String, Change)> = tasks.iter().filter_map(verdict).collect();
             (!verdicts.is_empty()).then(|| lost(&who.label, &verdicts))
         };
         learners.iter().filter_map(sentence).collect()
     }
 
+    /// A figure of base to new over seeds, at the largest number of shots.
+    pub(crate) fn transfer(&self, task: &str, who: &Who, figure: Figure) -> Option<Stat> {
+        let runs = self.best_taught(Protocol::BaseToNew, task, who);
+        Stat::of(runs.filter_map(figure))
+    }
+
     /// Accuracy on new classes after learning, less zero-shot's.
-    fn change_on_new(&self, task: &str, who: &Who) -> Option<Change> {
-        let new = |who: &Who| {
-            let runs = self.best_taught(Protocol::BaseToNew, task, who);
-            Stat::of(runs.filter_map(|r| r.accuracy("new")))
-        };
+    pub(crate) fn change_on_new(&self, task: &str, who: &Who) -> Option<Change> {
+        let new: Figure = |r| r.accuracy("new");
         let all = self.who(Protocol::BaseToNew, task);
-        let before = all.iter().find(|who| who.fixed).and_then(new)?;
-        let after = new(who)?;
+        let fixed = all.iter().find(|who| who.fixed)?;
+        let after = self.transfer(task, who, new)?;
         Some(Change {
-            points: after.mean - before.mean,
-            spread: after.spread(),
+            points: after.mean - self.transfer(task, fixed, new)?.mean,
+            spread: after.sd,
         })
     }
 }
 
-/// A difference and how far chance alone may move it.
+/// A number that a result holds.
+pub(crate) type Figure = fn(&Record) -> Option<f64>;
+
+/// A difference and how far chance alone may move it; unknown with one seed.
 #[derive(Clone, Copy, Debug)]
-struct Change {
-    points: f64,
-    spread: f64,
+pub(crate) struct Change {
+    pub(crate) points: f64,
+    spread: Option<f64>,
 }
 
 impl Change {
     fn is_clear(&self) -> bool {
-        self.points.abs() > self.spread && self.points.abs() >= 0.05
+        self.points.abs() > self.spread.unwrap_or(0.0) && self.points.abs() >= 0.05
+    }
+
+    /// Whether accuracy rose beyond the spread.
+    pub(crate) fn gains(&self) -> bool {
+        self.is_clear() && self.points > 0.0
+    }
+
+    /// Whether it fell beyond the spread.
+    pub(crate) fn loses(&self) -> bool {
+        self.is_clear() && self.points < 0.0
     }
 }
 
 /// `+1.0` or `−1.0`.
-fn signed(points: f64) -> String {
-    format!("{points:+.1}").replace('-', "−")
+impl std::fmt::Display for Change {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&format!("{:+.1}", self.points).replace('-', "−"))
+    }
+}
+
+/// `all` split into gains, losses and what is neither clearly, each as `name (+1.0)`.
+pub(crate) fn sorted_out(all: &[(String, Change)]) -> [Vec<String>; 3] {
+    let list = |of: &dyn Fn(&Change) -> bool| -> Vec<String> {
+        let named = all.iter().filter(|(_, change)| of(change));
+        named
+            .map(|(name, change)| format!("{name} ({change})"))
+            .collect()
+    };
+    [
+        list(&Change::gains),
+        list(&Change::loses),
+        list(&|change| !change.is_clear()),
+    ]
+}
+
+/// What "no change" is measured by.
+pub(crate) fn beyond(all: &[(String, Change)]) -> &'static str {
+    match all.iter().any(|(_, change)| change.spread.is_some()) {
+        true => " beyond the spread",
+        false => "",
+    }
 }
 
 /// Where learning cost accuracy on new classes, where it gained and where neither is clear.
-fn lost(label: &str, verdicts: &[(&str, Change)]) -> String {
-    let list = |of: &dyn Fn(&Change) -> bool| -> Vec<String> {
-        let named = verdicts.iter().filter(|(_, change)| of(change));
-        named
-            .map(|(task, change)| format!("{task} ({})", signed(change.points)))
-            .collect()
-    };
-    let losses = list(&|change| change.is_clear() && change.points < 0.0);
-    let gains = list(&|change| change.is_clear() && change.points > 0.0);
-    let unclear = list(&|change| !change.is_clear());
+fn lost(label: &str, verdicts: &[(String, Change)]) -> String {
+    let [gains, losses, unclear] = sorted_out(verdicts);
+    let beyond = beyond(verdicts);
     let mut text = match losses.is_empty() {
-        true => format!("{label} loses nothing on new classes beyond the spread over seeds"),
+        true => format!("{label} loses nothing on new classes{beyond}"),
         false => format!("{label} loses on the new classes of {}", losses.join(", ")),
     };
     if !gains.is_empty() {
         text.push_str(&format!("; it gains on {}", gains.join(", ")));
     }
     if !unclear.is_empty() {
-        text.push_str(&format!(
-            "; no change beyond the spread on {}",
-            unclear.join(", ")
-        ));
+        text.push_str(&format!("; no change{beyond} on {}", unclear.join(", ")));
     }
     text.push_str(". (Points against zero-shot.)");
     text
@@ -269,11 +314,11 @@ mod tests {
 
     #[test]
     fn a_loss_is_one_only_beyond_the_spread() {
-        let change = |points, spread| Change { points, spread };
+        let change = |name: &str, points, spread| (name.to_owned(), Change { points, spread });
         let all = [
-            ("a", change(-5.0, 1.0)),
-            ("b", change(-1.0, 2.0)),
-            ("c", change(6.0, 2.0)),
+            change("a", -5.0, Some(1.0)),
+            change("b", -1.0, Some(2.0)),
+            change("c", 6.0, Some(2.0)),
         ];
         assert_eq!(
             lost("CoOp", &all),
@@ -281,7 +326,13 @@ mod tests {
         );
         assert!(
             lost("CoOp", &all[1..])
-                .starts_with("CoOp loses nothing on new classes beyond the spread")
+                .starts_with("CoOp loses nothing on new classes beyond the spread; it gains on c")
+        );
+        // One seed has no spread to speak of.
+        let one = [change("a", -0.01, None), change("b", 0.5, None)];
+        assert_eq!(
+            lost("CoOp", &one),
+            "CoOp loses nothing on new classes; it gains on b (+0.5); no change on a (−0.0). (Points against zero-shot.)"
         );
     }
 }

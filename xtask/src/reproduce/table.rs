@@ -65,7 +65,8 @@ pub(crate) fn memory<'a>(runs: impl Iterator<Item = &'a Record>) -> String {
     most.map_or_else(|| "–".to_owned(), |bytes| format!("{} MiB", bytes >> 20))
 }
 
-fn shown(stat: Option<Stat>) -> String {
+/// A figure, or a dash where there is none.
+pub(crate) fn shown(stat: Option<Stat>) -> String {
     stat.map_or_else(|| "–".to_owned(), |stat| stat.to_string())
 }
 
@@ -130,7 +131,7 @@ fn base_to_new(results: &Results) -> String {
         }
     }
     let mut text = table.titled("Base to new: learned on the base classes only");
-    for sentence in results.on_new_classes(|task| task) {
+    for sentence in results.on_new_classes() {
         text.push_str(&format!("{sentence}\n"));
     }
     text
@@ -203,26 +204,23 @@ pub(crate) fn zero_shot_of(results: &Results, task: &str) -> Option<(f64, usize)
 
 /// What the numbers mean.
 fn legend(results: &Results) -> String {
-    let seeds: std::collections::BTreeSet<u64> = results
-        .all()
-        .iter()
-        .filter(|r| r.run.shots > 0)
-        .map(|r| r.run.seed)
-        .collect();
-    let seeds: Vec<String> = seeds.iter().map(ToString::to_string).collect();
     let mut text = String::new();
-    if !seeds.is_empty() {
-        text.push_str(&format!(
+    match results.seeds().as_slice() {
+        [] => {}
+        [seed] => text.push_str(&format!(
+            "One seed ({seed}): how far chance moves these numbers is not known.\n"
+        )),
+        seeds => text.push_str(&format!(
             "± is the sample standard deviation over seeds {}.\n",
             seeds.join(", ")
-        ));
+        )),
     }
     if !results.tasks(Protocol::BaseToNew).is_empty() {
         text.push_str("H is the harmonic mean of base and new.\n");
     }
     if let Some(epochs) = epochs(results) {
         text.push_str(&format!(
-            "Trained for {epochs}; the papers train for 50 to 200.\n"
+            "Trained for {epochs}; the papers train for 10 to 200.\n"
         ));
     }
     text

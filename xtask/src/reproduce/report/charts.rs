@@ -2,8 +2,11 @@
 
 use super::html::escape;
 
-const WIDTH: f64 = 360.0;
-const HEIGHT: f64 = 250.0;
+pub(super) const WIDTH: f64 = 360.0;
+/// Height, and what is added for each name beyond the first few: the names stand below each other beside the lines.
+const LEAST_HEIGHT: f64 = 250.0;
+const HEIGHT_OF_A_NAME: f64 = 14.0;
+const FEW_NAMES: usize = 7;
 const LEFT: f64 = 40.0;
 const RIGHT: f64 = 120.0;
 const TOP: f64 = 12.0;
@@ -53,15 +56,19 @@ pub(super) fn color(place: usize) -> String {
     // The first colour is grey and belongs to what learns nothing.
     match place {
         0 => "c0".to_owned(),
-        place => format!("c{}", 1 + (place - 1) % 6),
+        place => format!("c{}", 1 + (place - 1) % COLORS),
     }
 }
+
+/// Colours in the style sheet beside the grey one.
+pub(super) const COLORS: usize = 10;
 
 impl Chart {
     pub(super) fn svg(&self) -> String {
         let axes = Axes::of(self);
         let mut svg = format!(
-            "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\"><title>{}</title>",
+            "<svg viewBox=\"0 0 {WIDTH} {}\" role=\"img\"><title>{}</title>",
+            axes.height,
             escape(&self.title)
         );
         svg.push_str(&self.grid(&axes));
@@ -82,7 +89,7 @@ impl Chart {
     }
 
     fn grid(&self, axes: &Axes) -> String {
-        let (right, bottom) = (WIDTH - RIGHT, HEIGHT - BOTTOM);
+        let (right, bottom) = (WIDTH - RIGHT, axes.bottom());
         let mut svg = String::new();
         for tick in axes.y_ticks() {
             let y = axes.y(tick);
@@ -104,29 +111,29 @@ impl Chart {
         svg.push_str(&format!(
             "<text class=\"faint\" x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text><text class=\"faint\" transform=\"translate(10 {middle:.1}) rotate(-90)\" text-anchor=\"middle\">{}</text>",
             (LEFT + right) / 2.0,
-            HEIGHT - 8.0,
+            axes.height - 8.0,
             escape(&self.x_title),
             escape(&self.y_title)
         ));
         svg
     }
 
-    /// Names at the right ends of the lines, moved apart where they would cover each other.
+    /// Names at the right ends of the lines, moved apart where they would cover each other, and thin lines from one to the
+    /// other.
     fn names(&self, axes: &Axes) -> String {
         let of_series = self.series.iter().filter_map(|series| {
             let last = series.points.last()?;
-            Some(Name::new(
-                axes.y(last.y),
-                series.place,
-                &series.label,
-                false,
-            ))
+            let end = (series.points.len() > 1).then(|| axes.x(last.x));
+            Some(Name::new(axes.y(last.y), end, series.place, &series.label))
         });
         let of_levels = self.levels.iter();
-        let of_levels = of_levels.map(|(name, place, y)| Name::new(axes.y(*y), *place, name, true));
+        let of_levels = of_levels.map(|(name, place, y)| Name {
+            dashed: true,
+            ..Name::new(axes.y(*y), Some(WIDTH - RIGHT), *place, name)
+        });
         let mut names: Vec<Name<'_>> = of_series.chain(of_levels).collect();
         names.sort_by(|a, b| a.y.total_cmp(&b.y));
-        move_apart(&mut names);
+        move_apart(&mut names, axes.height);
         names.iter().map(Name::svg).collect()
     }
 }
@@ -134,6 +141,8 @@ impl Chart {
 /// A name beside the chart.
 struct Name<'a> {
     y: f64,
+    /// The end of its line, if it has one.
+    end: Option<(f64, f64)>,
     place: usize,
     lines: Vec<&'a str>,
     /// Whether it belongs to a dashed line.
@@ -141,7 +150,7 @@ struct Name<'a> {
 }
 
 impl<'a> Name<'a> {
-    fn new(y: f64, place: usize, name: &'a str, dashed: bool) -> Self {
+    fn new(y: f64, end: Option<f64>, place: usize, name: &'a str) -> Self {
         // What stands in brackets goes on a line of its own.
         let lines = match name.find(" (") {
             Some(at) => vec![&name[..at], &name[at + 1..]],
@@ -149,9 +158,10 @@ impl<'a> Name<'a> {
         };
         Self {
             y,
+            end: end.map(|x| (x, y)),
             place,
             lines,
-            dashed,
+            dashed: false,
         }
     }
 
@@ -165,7 +175,13 @@ impl<'a> Name<'a> {
             ),
             false => mark(self.place, x, y),
         };
-        let mut svg = format!("<g class=\"{}\">{key}", color(self.place));
+        let lead = self.end.map_or_else(String::new, |(end, height)| {
+            format!(
+                "<line class=\"lead\" x1=\"{end:.1}\" x2=\"{:.1}\" y1=\"{height:.1}\" y2=\"{y:.1}\"/>",
+                x - 5.0
+            )
+        });
+        let mut svg = format!("<g class=\"{}\">{lead}{key}", color(self.place));
         for (i, line) in self.lines.iter().enumerate() {
             svg.push_str(&format!(
                 "<text class=\"name\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
@@ -180,13 +196,13 @@ impl<'a> Name<'a> {
 }
 
 /// Moves sorted names down until none covers another, then up again as far as they left the chart.
-fn move_apart(names: &mut [Name<'_>]) {
+fn move_apart(names: &mut [Name<'_>], height: f64) {
     let mut free = TOP;
     for name in names.iter_mut() {
         name.y = name.y.max(free);
         free = name.y + LINE * name.lines.len() as f64 + 2.0;
     }
-    let mut end = HEIGHT - 14.0;
+    let mut end = height - 14.0;
     for name in names.iter_mut().rev() {
         name.y = name.y.min(end - LINE * (name.lines.len() - 1) as f64);
         end = name.y - LINE - 2.0;
@@ -220,17 +236,25 @@ impl Series {
     }
 }
 
-/// Circle, square, diamond, triangle: a second sign beside the colour.
+/// Circle, square, diamond, triangles, then the same hollow: a second sign beside the colour.
 pub(super) fn mark(place: usize, x: f64, y: f64) -> String {
-    let corners: &[(f64, f64)] = match place % 4 {
-        1 => return format!("<circle class=\"mark\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4.2\"/>"),
+    let class = match place.saturating_sub(1) / 5 % 2 {
+        0 => "mark",
+        _ => "mark hollow",
+    };
+    let corners: &[(f64, f64)] = match place % 5 {
+        1 => return format!("<circle class=\"{class}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4.2\"/>"),
         2 => &[(-4.0, -4.0), (4.0, -4.0), (4.0, 4.0), (-4.0, 4.0)],
         3 => &[(0.0, -5.5), (5.5, 0.0), (0.0, 5.5), (-5.5, 0.0)],
-        _ => &[(0.0, -5.2), (5.0, 4.0), (-5.0, 4.0)],
+        4 => &[(0.0, -5.2), (5.0, 4.0), (-5.0, 4.0)],
+        _ => &[(0.0, 5.2), (5.0, -4.0), (-5.0, -4.0)],
     };
     let corner = |(dx, dy): &(f64, f64)| format!("{:.1},{:.1}", x + dx, y + dy);
     let corners: Vec<String> = corners.iter().map(corner).collect();
-    format!("<polygon class=\"mark\" points=\"{}\"/>", corners.join(" "))
+    format!(
+        "<polygon class=\"{class}\" points=\"{}\"/>",
+        corners.join(" ")
+    )
 }
 
 /// Where values lie on the paper.
@@ -238,6 +262,7 @@ struct Axes {
     x: (f64, f64),
     y: (f64, f64),
     step: f64,
+    height: f64,
 }
 
 impl Axes {
@@ -256,7 +281,9 @@ impl Axes {
         let step = step.unwrap_or(25.0);
         let margin = ((x.1 - x.0) * 0.06).max(0.1);
         let y = ((y.0 / step).floor() * step, (y.1 / step).ceil() * step);
+        let names = chart.series.len() + chart.levels.len();
         Self {
+            height: LEAST_HEIGHT + HEIGHT_OF_A_NAME * names.saturating_sub(FEW_NAMES) as f64,
             x: (x.0 - margin, x.1 + margin),
             y: (y.0, y.1.max(y.0 + step)),
             step,
@@ -267,8 +294,12 @@ impl Axes {
         LEFT + (WIDTH - RIGHT - LEFT) * (value - self.x.0) / (self.x.1 - self.x.0)
     }
 
+    fn bottom(&self) -> f64 {
+        self.height - BOTTOM
+    }
+
     fn y(&self, value: f64) -> f64 {
-        let bottom = HEIGHT - BOTTOM;
+        let bottom = self.bottom();
         bottom - (bottom - TOP) * (value - self.y.0) / (self.y.1 - self.y.0)
     }
 
@@ -285,124 +316,10 @@ fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
     })
 }
 
-/// A contestant's value in a row of [`dots`].
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Dot {
-    /// Decides on colour and mark.
-    pub(super) place: usize,
-    pub(super) value: f64,
-    pub(super) spread: f64,
-}
-
-/// Rows with a dot for each contestant.
-pub(super) fn dots(title: &str, x_title: &str, rows: &[(String, Vec<Dot>)]) -> String {
-    const NAMES: f64 = 78.0;
-    const EACH: f64 = 30.0;
-    let right = WIDTH - 14.0;
-    let values = rows.iter().flat_map(|row| &row.1);
-    let highest = values
-        .map(|dot| (dot.value + dot.spread).min(100.0))
-        .fold(10.0, f64::max);
-    let limit = (highest / 10.0).ceil() * 10.0;
-    let at = |value: f64| NAMES + (right - NAMES) * value.max(0.0) / limit;
-    let height = rows.len() as f64 * EACH + 40.0;
-    let bottom = height - 36.0;
-    let mut svg = format!(
-        "<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\"><title>{}</title>",
-        escape(title)
-    );
-    for tick in (0..=4).map(|i| limit * f64::from(i) / 4.0) {
-        let x = at(tick);
-        svg.push_str(&format!(
-            "<line class=\"rule\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"2\" y2=\"{bottom:.1}\"/><text class=\"faint\" x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{tick}</text>",
-            bottom + 14.0
-        ));
-    }
-    for (i, (name, row)) in rows.iter().enumerate() {
-        let middle = EACH * (i as f64 + 0.5);
-        svg.push_str(&format!(
-            "<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
-            NAMES - 10.0,
-            middle + 4.0,
-            escape(name)
-        ));
-        for (j, dot) in row.iter().enumerate() {
-            let Dot {
-                place,
-                value,
-                spread,
-            } = *dot;
-            // One below the other, so that equal values stay apart.
-            let y = middle + 7.0 * (j as f64 - (row.len() as f64 - 1.0) / 2.0);
-            svg.push_str(&format!(
-                "<g class=\"{}\"><line class=\"spread\" x1=\"{:.1}\" x2=\"{:.1}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>{}</g>",
-                color(place),
-                at(value - spread),
-                at((value + spread).min(100.0)),
-                mark(place, at(value), y)
-            ));
-        }
-    }
-    svg.push_str(&format!(
-        "<text class=\"faint\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text></svg>",
-        (NAMES + right) / 2.0,
-        height - 6.0,
-        escape(x_title)
-    ));
-    svg
-}
-
-/// A confusion matrix of shares: rows are classes, columns predictions. The largest share has the full colour.
-pub(super) fn heat(title: &str, classes: &[String], shares: &[Vec<f64>]) -> String {
-    const CELL: f64 = 17.0;
-    const NAMES: f64 = 84.0;
-    let side = NAMES + CELL * classes.len() as f64;
-    let mut svg = format!(
-        "<svg viewBox=\"0 0 {side} {side}\" role=\"img\" style=\"width:{side}px;max-width:none\"><title>{}</title>",
-        escape(title)
-    );
-    for (i, name) in classes.iter().enumerate() {
-        let middle = NAMES + CELL * (i as f64 + 0.5);
-        let name = escape(name);
-        svg.push_str(&format!(
-            "<text class=\"faint\" x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{name}</text><text class=\"faint\" transform=\"translate({:.1} {}) rotate(-90)\">{name}</text>",
-            NAMES - 5.0,
-            middle + 4.0,
-            middle + 4.0,
-            NAMES - 5.0
-        ));
-    }
-    let largest = shares
-        .iter()
-        .flatten()
-        .copied()
-        .fold(f64::MIN_POSITIVE, f64::max);
-    for (row, of_class) in shares.iter().enumerate() {
-        for (column, share) in of_class
-            .iter()
-            .enumerate()
-            .filter(|(_, share)| **share > 0.0)
-        {
-            let (x, y) = (NAMES + CELL * column as f64, NAMES + CELL * row as f64);
-            let names = [row, column].map(|i| classes.get(i).map_or("", String::as_str));
-            svg.push_str(&format!(
-                "<rect class=\"heat\" x=\"{x}\" y=\"{y}\" width=\"{CELL}\" height=\"{CELL}\" fill-opacity=\"{:.2}\"><title>{} called {}: {:.0} %</title></rect>",
-                share / largest,
-                escape(names[0]),
-                escape(names[1]),
-                100.0 * share
-            ));
-        }
-    }
-    let end = side - 0.5;
-    svg.push_str(&format!(
-        "<path class=\"rule\" fill=\"none\" d=\"M{NAMES} {NAMES}H{end}V{end}H{NAMES}Z\"/></svg>"
-    ));
-    svg
-}
-
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     fn chart(points: &[(f64, f64)]) -> Chart {
@@ -425,7 +342,7 @@ mod tests {
     fn higher_values_are_higher_on_the_paper_and_nothing_leaves_it() {
         let axes = Axes::of(&chart(&[(0.0, 40.0), (1.0, 60.0)]));
         assert!(axes.y(60.0) < axes.y(40.0) && axes.x(1.0) > axes.x(0.0));
-        assert!(axes.y(61.0) >= TOP && axes.y(39.0) <= HEIGHT - BOTTOM);
+        assert!(axes.y(61.0) >= TOP && axes.y(39.0) <= axes.bottom());
         assert!(axes.x(1.0) <= WIDTH - RIGHT && axes.x(0.0) >= LEFT);
     }
 
@@ -439,12 +356,18 @@ mod tests {
         assert!(svg.contains("a &lt; b"));
     }
 
+    /// Names of two lines each.
+    fn moved(count: usize, height: f64) -> Vec<Name<'static>> {
+        let mut names: Vec<Name<'_>> = (0..count)
+            .map(|i| Name::new(200.0, Some(100.0), i, "a (b)"))
+            .collect();
+        move_apart(&mut names, height);
+        names
+    }
+
     #[test]
     fn names_do_not_cover_each_other() {
-        let mut names: Vec<Name<'_>> = (0..5)
-            .map(|i| Name::new(200.0, i, "a (b)", false))
-            .collect();
-        move_apart(&mut names);
+        let names = moved(5, LEAST_HEIGHT);
         for pair in names.windows(2) {
             assert!(
                 pair[1].y - pair[0].y >= 2.0 * LINE,
@@ -453,6 +376,43 @@ mod tests {
                 pair[1].y
             );
         }
-        assert!(names.iter().all(|name| name.y < HEIGHT - LINE));
+        assert!(names.iter().all(|name| name.y < LEAST_HEIGHT - LINE));
+        // The line leads from where the values end to where the name went.
+        assert!(names.iter().all(|name| name.end == Some((100.0, 200.0))));
+    }
+
+    #[test]
+    fn a_chart_of_many_is_tall_enough_for_their_names() {
+        let mut many = chart(&[(0.0, 40.0), (1.0, 60.0)]);
+        many.series = (1..=20)
+            .map(|place| Series {
+                label: "CoOp".to_owned(),
+                place,
+                ..many.series[0].clone()
+            })
+            .collect();
+        let axes = Axes::of(&many);
+        assert!(axes.height > LEAST_HEIGHT);
+        let names = many.series.iter();
+        let mut names: Vec<Name<'_>> = names
+            .map(|series| Name::new(axes.y(60.0), None, series.place, &series.label))
+            .collect();
+        move_apart(&mut names, axes.height);
+        assert!(names[0].y >= TOP, "{}", names[0].y);
+    }
+
+    #[test]
+    fn the_first_ten_learners_differ_in_colour_and_in_mark() {
+        let colors: BTreeSet<String> = (0..=COLORS).map(color).collect();
+        assert_eq!(colors.len(), COLORS + 1);
+        let marks: BTreeSet<String> = (1..=COLORS).map(|place| mark(place, 0.0, 0.0)).collect();
+        assert_eq!(marks.len(), COLORS);
+        let style = include_str!("style.css");
+        for color in colors {
+            // Its value by day and by night, and its use.
+            assert_eq!(style.matches(&format!("--{color}: ")).count(), 2, "{color}");
+            let rule = format!(".{color} {{ color: var(--{color}); }}");
+            assert!(style.contains(&rule), "{color}");
+        }
     }
 }

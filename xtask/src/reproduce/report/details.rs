@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use super::charts::{color, heat};
+use super::charts::color;
+use super::heat::heat;
 use super::html::{Bar, base64, escape};
 use super::words::{best_learner, title};
 use crate::reproduce::record::{Measured, Protocol, Record, Sample};
@@ -126,7 +127,6 @@ impl Sum {
                     percent,
                     value: &value,
                     color,
-                    filling: "",
                     tick,
                 }
                 .html(),

@@ -1,5 +1,7 @@
 //! Few-shot accuracy: table, curves, cost.
 
+use std::collections::BTreeSet;
+
 use super::charts::{Chart, Point, Series};
 use super::html::{Table, escape};
 use super::words::{about, title};
@@ -23,19 +25,30 @@ pub(super) fn few_shot(results: &Results) -> String {
         .filter_map(|task| costs(results, task))
         .collect();
     let mut html = format!(
-        "<p>Shots are training pictures of each class. Learned numbers are what training changes and a prompt file keeps. Fit is the time of training on one thread; pictures are encoded before, once for all. Peak memory is that of the whole process. The best of each task is set in bold.</p>\n{table}"
+        "<p>Shots are training pictures of each class. Learned numbers are what training changes and a prompt file keeps. Fit is the time of training on {}; pictures are encoded before, once for all. Peak memory is that of the whole process. The best of each task is set in bold.</p>\n{table}",
+        threads(results)
     );
     if !curves.is_empty() {
         html.push_str(&format!(
-            "<h3>More pictures</h3>\n<p>The dashed line is zero-shot CLIP, which needs no pictures; bars show ±.</p>\n<div class=\"grid\">{curves}</div>\n"
+            "<h3>More pictures</h3>\n<p>The dashed line is zero-shot CLIP, which needs no pictures; bars show ±.</p>\n<div class=\"charts\">{curves}</div>\n"
         ));
     }
     if !costs.is_empty() {
         html.push_str(&format!(
-            "<h3>What it costs</h3>\n<p>Accuracy at the largest number of shots against the time of training: the higher and the further left, the better.</p>\n<div class=\"grid\">{costs}</div>\n"
+            "<h3>What it costs</h3>\n<p>Accuracy at the largest number of shots against the time of training: the higher and the further left, the better.</p>\n<div class=\"charts\">{costs}</div>\n"
         ));
     }
     html
+}
+
+/// How many threads a run had.
+fn threads(results: &Results) -> String {
+    let all = results.all().iter();
+    let numbers: BTreeSet<usize> = all.map(|record| record.machine.threads).collect();
+    match numbers.into_iter().collect::<Vec<_>>().as_slice() {
+        [only] => count(*only, "thread"),
+        _ => "a number of threads that differs between the runs".to_owned(),
+    }
 }
 
 /// Accuracy and cost at the largest number of shots.

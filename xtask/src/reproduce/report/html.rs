@@ -63,8 +63,6 @@ pub(super) struct Bar<'a> {
     pub(super) value: &'a str,
     /// Class of the colour.
     pub(super) color: &'a str,
-    /// Class of the filling.
-    pub(super) filling: &'a str,
     pub(super) tick: Option<f64>,
 }
 
@@ -74,10 +72,9 @@ impl Bar<'_> {
             format!("<b style=\"left:{:.1}%\"></b>", at.clamp(0.0, 100.0))
         });
         format!(
-            "<span class=\"label\">{}</span><span class=\"track {}\"><i class=\"{}\" style=\"width:{:.1}%\"></i>{tick}</span><span class=\"value\">{}</span>",
+            "<span class=\"label\">{}</span><span class=\"track {}\"><i style=\"width:{:.1}%\"></i>{tick}</span><span class=\"value\">{}</span>",
             escape(self.label),
             self.color,
-            self.filling,
             self.percent.clamp(0.0, 100.0),
             escape(self.value)
         )

@@ -3,8 +3,11 @@
 mod charts;
 mod details;
 mod few_shot;
+mod heat;
 mod html;
+mod methods;
 mod overview;
+mod strips;
 mod transfer;
 mod words;
 
@@ -17,6 +20,7 @@ use super::summary::Results;
 pub(crate) fn html(results: &Results, out: &Path) -> String {
     let parts = [
         ("findings", "What came out", overview::findings(results)),
+        ("methods", "The methods", methods::methods(results)),
         ("setting", "What was run", overview::setting(results)),
         (
             "few-shot",

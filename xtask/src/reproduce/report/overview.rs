@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use super::html::{Bar, escape};
-use super::words::{about, best_learner, title};
+use super::words::{about, best_learner, listed, title};
 use crate::reproduce::record::{Protocol, Record, count};
-use crate::reproduce::summary::{Results, Stat, Who};
+use crate::reproduce::summary::{Change, Results, Stat, Who, beyond, sorted_out};
 use crate::reproduce::table::{epochs, zero_shot_of};
 
 /// What the page is about, in two sentences.
@@ -26,7 +26,12 @@ pub(super) fn findings(results: &Results) -> String {
         .iter()
         .filter_map(|task| gain(results, task))
         .collect();
-    lines.extend(results.on_new_classes(|task| title(results, task)));
+    lines.extend(
+        results
+            .tasks(Protocol::BaseToNew)
+            .iter()
+            .filter_map(|task| on_new_classes(results, task)),
+    );
     lines.extend(
         results
             .tasks(Protocol::DomainShift)
@@ -47,31 +52,87 @@ fn gain(results: &Results, task: &str) -> Option<String> {
     let (who, shots, after) = best_learner(results, task)?;
     let before = results.zero_shot(task)?;
     let change = after.mean - before;
-    let verdict = match change {
-        _ if change.abs() <= after.spread() => "no change beyond the spread".to_owned(),
+    let verdict = match after.sd {
+        Some(sd) if change.abs() <= sd => "no change beyond the spread".to_owned(),
+        _ if change.abs() < 0.05 => "no change".to_owned(),
         _ if change > 0.0 => format!("{change:.1} points more"),
         _ => format!("{:.1} points less", -change),
     };
     Some(format!(
-        "{}: zero-shot CLIP is right on {before:.1} % of the test pictures; with {} a class {} reaches {after} %, {verdict}.",
+        "{}: zero-shot CLIP is right on {before:.1} % of the test pictures; with {} a class the best learner, {}, reaches {after} %, {verdict}.",
         title(results, task),
         count(shots, "picture"),
         who.label
     ))
 }
 
+/// What learning on half of the classes did to the other half, and who is best on both.
+pub(super) fn on_new_classes(results: &Results, task: &str) -> Option<String> {
+    let all = results.who(Protocol::BaseToNew, task);
+    let (fixed, learners): (Vec<Who>, Vec<Who>) = all.into_iter().partition(|who| who.fixed);
+    let fixed = fixed.first()?;
+    let changes: Vec<(String, Change)> = learners
+        .iter()
+        .filter_map(|who| Some((who.label.clone(), results.change_on_new(task, who)?)))
+        .collect();
+    let [gains, losses, unclear] = sorted_out(&changes);
+    let unchanged = format!("no change{} with ", beyond(&changes));
+    let parts = [
+        ("better are ", gains),
+        ("worse are ", losses),
+        (unchanged.as_str(), unclear),
+    ];
+    let parts: Vec<String> = parts
+        .iter()
+        .filter(|(_, names)| !names.is_empty())
+        .map(|(what, names)| format!("{what}{}", listed(names)))
+        .collect();
+    let harmonic = |who: &Who| results.transfer(task, who, Record::harmonic);
+    let (best, h) = learners
+        .iter()
+        .filter_map(|who| Some((who, harmonic(who)?)))
+        .max_by(|a, b| a.1.mean.total_cmp(&b.1.mean))?;
+    Some(format!(
+        "{}, new classes, against zero-shot CLIP's {} %: {}. Best H of the learners: {}, {h} (zero-shot {}).",
+        title(results, task),
+        results.transfer(task, fixed, |r| r.accuracy("new"))?,
+        parts.join("; "),
+        best.label,
+        harmonic(fixed)?
+    ))
+}
+
+/// What another style costs zero-shot CLIP, and whom it costs least and most.
 fn shift(results: &Results, task: &str) -> Option<String> {
     let of = |who: &Who| {
         let runs = results.best_taught(Protocol::DomainShift, task, who);
         let at_home = Stat::of(runs.clone().filter_map(|r| r.accuracy(task)))?;
-        let away = Stat::of(runs.filter_map(Record::shifted))?;
-        Some(format!("{} from {at_home} % to {away} %", who.label))
+        Some((
+            who.clone(),
+            at_home,
+            Stat::of(runs.filter_map(Record::shifted))?,
+        ))
     };
-    let parts: Vec<String> = results
-        .who(Protocol::DomainShift, task)
+    let all = results.who(Protocol::DomainShift, task);
+    let (fixed, mut learners): (Vec<_>, Vec<_>) =
+        all.iter().filter_map(of).partition(|(who, ..)| who.fixed);
+    learners.sort_by(|a, b| b.2.mean.total_cmp(&a.2.mean));
+    let mut parts: Vec<String> = fixed
         .iter()
-        .filter_map(of)
+        .map(|(who, home, away)| format!("{} goes from {home} % to {away} %", who.label))
         .collect();
+    if let Some((who, home, away)) = learners.first() {
+        parts.push(format!(
+            "the best learner there, {}, from {home} % to {away} %",
+            who.label
+        ));
+    }
+    if let [_, .., (who, home, away)] = learners.as_slice() {
+        parts.push(format!(
+            "the worst, {}, from {home} % to {away} %",
+            who.label
+        ));
+    }
     (!parts.is_empty()).then(|| {
         format!(
             "{}, from the usual style to the mean of the others: {}.",
@@ -90,12 +151,6 @@ pub(super) fn setting(results: &Results) -> String {
     let seconds =
         |r: &Record| r.seconds.load + r.seconds.encode + r.seconds.fit + r.seconds.evaluate;
     let minutes = all.iter().map(seconds).sum::<f64>() / 60.0;
-    let seeds: BTreeSet<u64> = all
-        .iter()
-        .filter(|r| r.run.shots > 0)
-        .map(|r| r.run.seed)
-        .collect();
-    let seeds: Vec<String> = seeds.iter().map(ToString::to_string).collect();
     let hash: String = first.clip.weights_hash.chars().take(12).collect();
     let mut rows = vec![
         ("Pictures", first.task.origin.clone()),
@@ -115,14 +170,19 @@ pub(super) fn setting(results: &Results) -> String {
             ),
         ),
     ];
-    if !seeds.is_empty() {
-        rows.push((
+    match results.seeds().as_slice() {
+        [] => {}
+        [seed] => rows.push((
+            "Seeds",
+            format!("{seed} alone, so how far chance moves these numbers is not known"),
+        )),
+        seeds => rows.push((
             "±",
             format!("sample standard deviation over seeds {}: each draws other training pictures and starts from other values", seeds.join(", ")),
-        ));
+        )),
     }
     if let Some(epochs) = epochs(results) {
-        rows.push(("Training", format!("{epochs} at the papers' learning rates; the papers train for 50 to 200, so their methods may gain from more")));
+        rows.push(("Training", format!("{epochs} at the papers' learning rates; the papers train for 10 to 200, so their methods may gain from more")));
     }
     rows.push(("Made with", made_with(results)));
     let rows: String = rows
@@ -210,7 +270,6 @@ pub(super) fn zero_shot(results: &Results) -> String {
             percent: accuracy,
             value: &value,
             color: "c0",
-            filling: "",
             tick: Some(chance),
         };
         html.push_str(&bar.html());

@@ -2,16 +2,18 @@
 
 use std::path::Path;
 
-use super::charts::{Dot, color, dots};
 use super::details::picture;
-use super::html::{Bar, Table, escape};
-use super::words::title;
+use super::html::{Table, escape};
+use super::overview::on_new_classes;
+use super::strips::{Dot, dots};
+use super::words::{named, sign, title};
 use crate::reproduce::record::{Measured, Protocol, Record, count};
-use crate::reproduce::summary::{Results, Stat, Who};
-use crate::reproduce::table::style;
+use crate::reproduce::summary::{Figure, Results, Stat, Who};
+use crate::reproduce::table::{shown, style};
 
-/// A number that a result holds.
-type Figure = fn(&Record) -> Option<f64>;
+/// Marks of base and new: a full and a hollow circle.
+const BASE: usize = 1;
+const NEW: usize = 6;
 
 /// Base, new and H of each contestant.
 pub(super) fn base_to_new(results: &Results) -> String {
@@ -19,139 +21,145 @@ pub(super) fn base_to_new(results: &Results) -> String {
     if tasks.is_empty() {
         return String::new();
     }
-    let mut html = "<p>The first half of the classes is <em>base</em>: training sees pictures and names of these only. The other half is <em>new</em>. Each half is measured among its own classes, so the two tasks differ and zero-shot CLIP need not be equally good at both. H is the harmonic mean: high only if both are.</p>\n<ul>".to_owned();
-    for sentence in results.on_new_classes(|task| title(results, task)) {
-        html.push_str(&format!("<li>{}</li>", escape(&sentence)));
+    let sentences = tasks
+        .iter()
+        .filter_map(|task| on_new_classes(results, task));
+    let sentences: String = sentences
+        .map(|sentence| format!("<li>{}</li>", escape(&sentence)))
+        .collect();
+    let charts: String = tasks.iter().map(|task| halves(results, task)).collect();
+    format!(
+        "<p>The first half of the classes is <em>base</em>: training sees pictures and names of these only. The other half is <em>new</em>. Each half is measured among its own classes, so the two tasks differ and zero-shot CLIP need not be equally good at both. H is the harmonic mean: high only if both are.</p>\n<ul>{sentences}</ul>\n<p>{} base, {} new; bars show ±.</p>\n<div class=\"charts\">{charts}</div>\n{}",
+        sign(BASE),
+        sign(NEW),
+        figures(results, &tasks)
+    )
+}
+
+/// Both halves of a task as dots.
+fn halves(results: &Results, task: &str) -> String {
+    let row = |who: Who| {
+        let dot = |name: Figure, mark| {
+            let stat = results.transfer(task, &who, name)?;
+            Some(dot_of(&who, mark, &stat))
+        };
+        let dots = [
+            dot(|r| r.accuracy("base"), BASE),
+            dot(|r| r.accuracy("new"), NEW),
+        ];
+        (who.label.clone(), dots.into_iter().flatten().collect())
+    };
+    let all = results.who(Protocol::BaseToNew, task);
+    let rows: Vec<(String, Vec<Dot>)> = all.into_iter().map(row).collect();
+    let title = title(results, task);
+    format!(
+        "<figure><h3>{}</h3>{}</figure>",
+        escape(title),
+        dots(
+            &format!("{title}: accuracy on base and new classes"),
+            "accuracy, %",
+            &rows
+        )
+    )
+}
+
+fn dot_of(who: &Who, mark: usize, stat: &Stat) -> Dot {
+    Dot {
+        place: who.place,
+        mark,
+        value: stat.mean,
+        spread: stat.spread(),
     }
-    html.push_str("</ul>\n<div class=\"grid\">");
+}
+
+/// The same in numbers, with the change against zero-shot CLIP.
+fn figures(results: &Results, tasks: &[&str]) -> String {
+    let heading = ["method", "base, %", "new, %", "H", "new against zero-shot"];
+    let mut table = Table::new(&heading);
     for task in tasks {
-        html.push_str(&format!(
-            "<section><h3>{}</h3><div class=\"bars\">",
-            escape(title(results, task))
-        ));
-        for who in results.who(Protocol::BaseToNew, task) {
-            html.push_str(&format!(
-                "<span class=\"who\">{}</span>",
-                escape(&who.label)
-            ));
-            let figures: [(&str, &str, Figure); 3] = [
-                ("base", "half", |r| r.accuracy("base")),
-                ("new", "new", |r| r.accuracy("new")),
-                ("H", "", Record::harmonic),
+        table.group(title(results, task));
+        let all = results.who(Protocol::BaseToNew, task);
+        let harmonic = |who: &Who| results.transfer(task, who, Record::harmonic);
+        let best = all
+            .iter()
+            .filter_map(harmonic)
+            .map(|stat| stat.mean)
+            .fold(0.0, f64::max);
+        for who in &all {
+            let change = match who.fixed {
+                true => None,
+                false => results.change_on_new(task, who),
+            };
+            let row = [
+                who.label.clone(),
+                shown(results.transfer(task, who, |r| r.accuracy("base"))),
+                shown(results.transfer(task, who, |r| r.accuracy("new"))),
+                shown(harmonic(who)),
+                change.map_or_else(|| "–".to_owned(), |change| change.to_string()),
             ];
-            for (label, filling, figure) in figures {
-                let runs = results.best_taught(Protocol::BaseToNew, task, &who);
-                let Some(stat) = Stat::of(runs.filter_map(figure)) else {
-                    continue;
-                };
-                let (value, color) = (stat.to_string(), color(who.place));
-                let bar = Bar {
-                    label,
-                    percent: stat.mean,
-                    value: &value,
-                    color: &color,
-                    filling,
-                    tick: None,
-                };
-                html.push_str(&bar.html());
-            }
+            let is_best = harmonic(who).is_some_and(|stat| stat.mean >= best);
+            table.row(&row, is_best.then_some(3));
         }
-        html.push_str("</div></section>");
     }
-    html.push_str("</div>\n");
-    html
+    table.finish()
 }
 
 /// Accuracy in each style.
 pub(super) fn domain_shift(results: &Results, out: &Path) -> String {
-    let mut html = String::new();
-    for task in results.tasks(Protocol::DomainShift) {
-        let Some(first) = results.of(Protocol::DomainShift, task).next() else {
-            continue;
-        };
-        let who = results.who(Protocol::DomainShift, task);
-        let stat = |who: &Who, name: &str| {
-            Stat::of(
-                results
-                    .best_taught(Protocol::DomainShift, task, who)
-                    .filter_map(|r| r.accuracy(name)),
-            )
-        };
-        let mut heading = vec!["style"];
-        heading.extend(who.iter().map(|who| who.label.as_str()));
-        let mut table = Table::new(&heading);
-        let mut rows = Vec::new();
-        for test in &first.tests {
-            let name = style(&test.name, task);
-            let stats: Vec<Option<Stat>> = who.iter().map(|who| stat(who, &test.name)).collect();
-            table.row(&cells(name, &stats), None);
-            let dots = who.iter().zip(&stats);
-            let dots = dots.filter_map(|(who, stat)| {
-                let stat = stat.as_ref()?;
-                let (value, spread) = (stat.mean, stat.spread());
-                Some(Dot {
-                    place: who.place,
-                    value,
-                    spread,
-                })
-            });
-            rows.push((name.to_owned(), dots.collect()));
-        }
-        let mean = |who: &Who| {
-            Stat::of(
-                results
-                    .best_taught(Protocol::DomainShift, task, who)
-                    .filter_map(Record::shifted),
-            )
-        };
-        table.row(
-            &cells(
-                "mean of the others",
-                &who.iter().map(mean).collect::<Vec<_>>(),
-            ),
-            None,
-        );
-        let title = title(results, task);
-        let names: String = who
-            .iter()
-            .map(|who| {
-                format!(
-                    "<span class=\"key {}\">{} {}</span> ",
-                    color(who.place),
-                    key(who.place),
-                    escape(&who.label)
-                )
-            })
-            .collect();
-        let svg = dots(
-            &format!("{title}: accuracy in each style"),
-            "accuracy, %",
-            &rows,
-        );
-        html.push_str(&format!(
-            "<p>Trained on {} in the usual style, {} a class, and measured on the same classes in styles that these pictures do not have.</p>\n{}<figure><p>{names}</p>{svg}</figure>\n{}",
-            escape(title),
-            count(results.shots(Protocol::DomainShift, task).last().copied().unwrap_or(0), "picture"),
-            styles(&first.tests, task, out),
-            table.finish()
-        ));
-    }
-    html
-}
-
-fn cells(name: &str, stats: &[Option<Stat>]) -> Vec<String> {
-    let shown = |stat: &Option<Stat>| stat.map_or_else(|| "–".to_owned(), |stat| stat.to_string());
-    std::iter::once(name.to_owned())
-        .chain(stats.iter().map(shown))
+    let tasks = results.tasks(Protocol::DomainShift);
+    tasks
+        .iter()
+        .filter_map(|task| shift(results, task, out))
         .collect()
 }
 
-/// A contestant's mark for a line of text.
-fn key(place: usize) -> String {
-    format!(
-        "<svg viewBox=\"0 0 14 14\" style=\"display:inline-block;width:.9rem;vertical-align:-.1rem\" aria-hidden=\"true\">{}</svg>",
-        super::charts::mark(place, 7.0, 7.0)
-    )
+fn shift(results: &Results, task: &str, out: &Path) -> Option<String> {
+    let first = results.of(Protocol::DomainShift, task).next()?;
+    let who = results.who(Protocol::DomainShift, task);
+    let names: Vec<&str> = first.tests.iter().map(|test| test.name.as_str()).collect();
+    let stat = |who: &Who, name: &str| {
+        let runs = results.best_taught(Protocol::DomainShift, task, who);
+        Stat::of(runs.filter_map(|r| r.accuracy(name)))
+    };
+    let mut heading = vec!["method"];
+    heading.extend(names.iter().map(|name| style(name, task)));
+    heading.push("mean of the others");
+    let mut table = Table::new(&heading);
+    for who in &who {
+        let runs = results.best_taught(Protocol::DomainShift, task, who);
+        let mut row = vec![who.label.clone()];
+        row.extend(names.iter().map(|name| shown(stat(who, name))));
+        row.push(shown(Stat::of(runs.filter_map(Record::shifted))));
+        table.row(&row, None);
+    }
+    let row = |name: &&str| {
+        let dot = |who: &Who| Some(dot_of(who, who.place, &stat(who, name)?));
+        let dots = who.iter().filter_map(dot).collect();
+        (style(name, task).to_owned(), dots)
+    };
+    let rows: Vec<(String, Vec<Dot>)> = names.iter().map(row).collect();
+    let title = title(results, task);
+    let svg = dots(
+        &format!("{title}: accuracy in each style"),
+        "accuracy, %",
+        &rows,
+    );
+    let keys: Vec<String> = who.iter().map(named).collect();
+    Some(format!(
+        "<p>Trained on {} in the usual style, {} a class, and measured on the same classes in styles that these pictures do not have.</p>\n{}<figure><p class=\"keys\">{}</p>{svg}</figure>\n{}",
+        escape(title),
+        count(
+            results
+                .shots(Protocol::DomainShift, task)
+                .last()
+                .copied()
+                .unwrap_or(0),
+            "picture"
+        ),
+        styles(&first.tests, task, out),
+        keys.join(" "),
+        table.finish()
+    ))
 }
 
 /// A picture of each style.

@@ -1,5 +1,7 @@
 //! Words that several parts of the report share.
 
+use super::charts::{color, mark};
+use super::html::escape;
 use crate::reproduce::record::Protocol;
 use crate::reproduce::summary::{Results, Stat, Who};
 
@@ -28,4 +30,31 @@ pub(super) fn best_learner(results: &Results, task: &str) -> Option<(Who, usize,
             Some((who, shots, stat))
         })
         .max_by(|a, b| a.2.mean.total_cmp(&b.2.mean))
+}
+
+/// A contestant's mark and name in its colour.
+pub(super) fn named(who: &Who) -> String {
+    format!(
+        "<span class=\"key {}\">{} {}</span>",
+        color(who.place),
+        sign(who.place),
+        escape(&who.label)
+    )
+}
+
+/// A mark for a line of text.
+pub(super) fn sign(place: usize) -> String {
+    format!(
+        "<svg class=\"sign\" viewBox=\"0 0 14 14\" aria-hidden=\"true\">{}</svg>",
+        mark(place, 7.0, 7.0)
+    )
+}
+
+/// Names as a list in prose: `a, b and c`.
+pub(super) fn listed(names: &[String]) -> String {
+    match names {
+        [] => String::new(),
+        [only] => only.clone(),
+        [first @ .., last] => format!("{} and {last}", first.join(", ")),
+    }
 }
