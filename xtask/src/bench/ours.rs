@@ -201,7 +201,9 @@ impl Plot {
         let classes = Classes::new(names(classes))?;
         let config = PlotConfig::read(&json!({ "n_prompts": n_prompts, "n_ctx": n_ctx }))?;
         Ok(Self {
-            plot: Learned::<cliptune_text_pt::Plot>::with_tensors(&config, &clip, &classes, 0, inputs)?,
+            plot: Learned::<cliptune_text_pt::Plot>::with_tensors(
+                &config, &clip, &classes, 0, inputs,
+            )?,
             classes: ClassTokens::new(clip.text(), &classes)?,
             clip,
             images: ImageBatch::of_local_features(inputs["image_features"].clone())?,
@@ -250,7 +252,9 @@ impl Vpt {
         let settings = json!({ "n_ctx": n_ctx, "ctx_init": null, "samples": samples });
         let config = VptConfig::read(&settings)?;
         Ok(Self {
-            vpt: Learned::<cliptune_text_pt::Vpt>::with_tensors(&config, &clip, &classes, 0, inputs)?,
+            vpt: Learned::<cliptune_text_pt::Vpt>::with_tensors(
+                &config, &clip, &classes, 0, inputs,
+            )?,
             classes: ClassTokens::new(clip.text(), &classes)?,
             clip,
             images: ImageBatch::of_features(inputs["image_features"].clone()),
