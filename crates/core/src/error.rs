@@ -91,7 +91,7 @@ pub enum Error {
     },
     /// A forward and backward pass takes more memory than it may.
     #[error(
-        "a memory budget of {} MB is too small: even computed twice, a chunk at a time, these prompts take {} MB; raise the budget or give fewer classes",
+        "a memory budget of {} MB is too small: even computed twice, a chunk at a time, these prompts take {} MB; raise the budget or give fewer classes or images",
         budget / 1_000_000,
         needed.div_ceil(1_000_000)
     )]

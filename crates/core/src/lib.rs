@@ -29,6 +29,7 @@ pub mod templates;
 pub mod tokenizer;
 pub mod train;
 pub mod transport;
+pub mod visual_prompt;
 
 pub use arch::{Activation, Arch, CONTEXT_LENGTH, HEAD_WIDTH, Preprocess, VOCAB_SIZE, VisionArch};
 pub use checkpoint::Checkpoint;

@@ -375,11 +375,7 @@ const LAYER_NORM_EPS: f32 = 1e-5;
 
 impl LayerNorm {
     pub(crate) fn frozen(gain: Vec<f32>, bias: Vec<f32>) -> Self {
-        debug_assert_eq!(gain.len(), bias.len());
-        Self::Frozen(FrozenNorm {
-            gain: Arc::new(gain),
-            bias: Arc::new(bias),
-        })
+        Self::Frozen(FrozenNorm::new(gain, bias))
     }
 
     pub(crate) fn as_frozen(&self) -> Option<&FrozenNorm> {
@@ -411,6 +407,14 @@ pub(crate) struct FrozenNorm {
 }
 
 impl FrozenNorm {
+    pub(crate) fn new(gain: Vec<f32>, bias: Vec<f32>) -> Self {
+        debug_assert_eq!(gain.len(), bias.len());
+        Self {
+            gain: Arc::new(gain),
+            bias: Arc::new(bias),
+        }
+    }
+
     /// On the calling thread.
     pub(crate) fn normalise(&self, x: &[f32], out: &mut [f32]) {
         rows::layer_norm(x, &self.gain, &self.bias, LAYER_NORM_EPS, out);
@@ -419,6 +423,21 @@ impl FrozenNorm {
     /// Adds the gradient to `dx`.
     pub(crate) fn backward(&self, x: &[f32], dy: &[f32], dx: &mut [f32]) {
         rows::layer_norm_backward(x, &self.gain, LAYER_NORM_EPS, dy, dx);
+    }
+
+    /// Adds the gradients of gain and bias, as if they were learned, to two rows.
+    pub(crate) fn weights_backward(&self, x: &[f32], dy: &[f32], d: &mut [f32]) {
+        let width = self.gain.len();
+        let mut part = vec![0.0; width];
+        kernels::layer_norm_gain_gradient(x, dy, LAYER_NORM_EPS, &mut part);
+        rows::add_into(&mut d[..width], &part);
+        kernels::column_sums(dy, &mut part);
+        rows::add_into(&mut d[width..2 * width], &part);
+    }
+
+    /// Gain and bias.
+    pub(crate) fn weights(&self) -> (&[f32], &[f32]) {
+        (&self.gain, &self.bias)
     }
 }
 

@@ -1,13 +1,14 @@
 //! The text tower against a slow, plain one: all 77 positions, candle's own operations, autograd through everything.
 
-use std::collections::BTreeMap;
+mod plain;
 
-use candle_core::{D, Device, IndexOp, Tensor, Var};
+use candle_core::{Device, IndexOp, Tensor, Var};
 use cliptune_core::checkpoint::random;
 use cliptune_core::prompt::{Piece, Prompts};
 use cliptune_core::rng::Rng;
 use cliptune_core::tokenizer::{END, START};
 use cliptune_core::{Activation, Arch, Clip, Gradients, Params, Storage, VisionArch};
+use plain::{Plain, Tensors, block, error, layer_norm};
 use proptest::prelude::*;
 
 const CONTEXT: usize = 77;
@@ -30,83 +31,6 @@ fn arch(activation: Activation, text_width: usize) -> Arch {
     }
 }
 
-type Tensors = BTreeMap<String, Tensor>;
-type Plain<T> = candle_core::Result<T>;
-
-fn linear(w: &Tensors, name: &str, weight: &str, bias: &str, x: &Tensor) -> Plain<Tensor> {
-    let product = x.broadcast_matmul(&w[&format!("{name}{weight}")].t()?)?;
-    product.broadcast_add(&w[&format!("{name}{bias}")])
-}
-
-fn layer_norm(w: &Tensors, name: &str, x: &Tensor) -> Plain<Tensor> {
-    let (gain, bias) = (&w[&format!("{name}.weight")], &w[&format!("{name}.bias")]);
-    candle_nn::ops::layer_norm_slow(x, gain, bias, 1e-5)
-}
-
-fn block(
-    w: &Tensors,
-    name: &str,
-    heads: usize,
-    activation: Activation,
-    x: &Tensor,
-) -> Plain<Tensor> {
-    let (n, t, width) = x.dims3()?;
-    let normed = layer_norm(w, &format!("{name}.ln_1"), x)?;
-    let qkv = linear(
-        w,
-        &format!("{name}.attn."),
-        "in_proj_weight",
-        "in_proj_bias",
-        &normed,
-    )?;
-    let head = |i: usize| -> Plain<Tensor> {
-        let part = qkv.narrow(2, i * width, width)?;
-        part.reshape((n, t, heads, width / heads))?
-            .transpose(1, 2)?
-            .contiguous()
-    };
-    let (q, k, v) = (head(0)?, head(1)?, head(2)?);
-    let scores = (q.matmul(&k.t()?.contiguous()?)? / ((width / heads) as f64).sqrt())?;
-    let mask: Vec<f32> = (0..t * t)
-        .map(|i| {
-            if i % t > i / t {
-                f32::NEG_INFINITY
-            } else {
-                0.0
-            }
-        })
-        .collect();
-    let scores = scores.broadcast_add(&Tensor::from_vec(mask, (t, t), x.device())?)?;
-    let mixed = candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&v)?;
-    let mixed = mixed.transpose(1, 2)?.reshape((n, t, width))?;
-    let x = (x + linear(
-        w,
-        &format!("{name}.attn."),
-        "out_proj.weight",
-        "out_proj.bias",
-        &mixed,
-    )?)?;
-    let normed = layer_norm(w, &format!("{name}.ln_2"), &x)?;
-    let hidden = linear(
-        w,
-        &format!("{name}.mlp."),
-        "c_fc.weight",
-        "c_fc.bias",
-        &normed,
-    )?;
-    let hidden = match activation {
-        Activation::QuickGelu => (&hidden * candle_nn::ops::sigmoid(&(&hidden * 1.702)?)?)?,
-        Activation::Gelu => hidden.gelu_erf()?,
-    };
-    &x + linear(
-        w,
-        &format!("{name}.mlp."),
-        "c_proj.weight",
-        "c_proj.bias",
-        &hidden,
-    )?
-}
-
 /// Rows `(blocks, n_ctx, width)` that stand in each prompt from a place on, at the input of block 1, 2, ...
 type Deeper<'a> = Option<(&'a Tensor, &'a [usize])>;
 
@@ -118,7 +42,6 @@ fn plain(
     ends: &[usize],
     deeper: Deeper<'_>,
 ) -> Plain<Tensor> {
-    let width = embedded.dims()[2];
     let mut x = embedded.broadcast_add(&w["positional_embedding"])?;
     for i in 0..LAYERS {
         if let Some((rows, starts)) = deeper.filter(|(rows, _)| i > 0 && i <= rows.dims()[0]) {
@@ -139,8 +62,8 @@ fn plain(
         x = block(
             w,
             &format!("transformer.resblocks.{i}"),
-            width / 64,
             activation,
+            true,
             &x,
         )?;
     }
@@ -151,11 +74,6 @@ fn plain(
         .map(|(i, &end)| x.i((i, end)))
         .collect();
     Tensor::stack(&rows?, 0)?.matmul(&w["text_projection"])
-}
-
-fn error(ours: &Tensor, theirs: &Tensor) -> Plain<f32> {
-    let difference = (ours - theirs)?.abs()?.max_all()?.to_scalar::<f32>()?;
-    Ok(difference / theirs.abs()?.max_all()?.to_scalar::<f32>()?.max(1e-20))
 }
 
 proptest! {

@@ -1,13 +1,16 @@
 //! CLIP: two frozen towers that meet in one feature space, and a scale.
 
 mod block;
+mod prompted;
 mod resnet;
+mod resnet_back;
 mod text;
 mod vit;
 mod vit_run;
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
@@ -15,6 +18,7 @@ use self::block::Weights;
 use self::resnet::ResNet;
 use self::vit::Vit;
 use self::vit_run::Wanted;
+use crate::visual_prompt::VisualPrompts;
 use crate::{Arch, Checkpoint, Error, Params, Preprocess, Result, VisionArch, checkpoint, ops};
 
 pub(crate) use self::block::{Block, FrozenBlock};
@@ -127,7 +131,7 @@ impl Clip {
                 patch_size,
             } => Tower::Vit(Vit::load(&mut w, &arch, layers, width, patch_size)?),
             VisionArch::ResNet { layers, width } => {
-                Tower::ResNet(Box::new(ResNet::load(&mut w, &arch, layers, width)?))
+                Tower::ResNet(Arc::new(ResNet::load(&mut w, &arch, layers, width)?))
             }
         };
         let image = ImageTower {
@@ -151,9 +155,11 @@ impl Clip {
     /// bound.
     ///
     /// A pass that would take more runs its prompts twice instead of keeping what it needs for the way back, and fewer of
-    /// them at a time: slower, with the same bits. See [`TextTower::forecast`].
+    /// them at a time: slower, with the same bits. It holds for each tower by itself; see [`TextTower::forecast`] and
+    /// [`ImageTower::forecast_prompted`].
     pub fn set_memory_budget(&mut self, bytes: Option<u64>) {
         self.text.set_memory_budget(bytes);
+        self.image.set_memory_budget(bytes);
     }
 
     /// The text tower.
@@ -233,7 +239,7 @@ impl Clip {
 #[derive(Debug)]
 enum Tower {
     Vit(Vit),
-    ResNet(Box<ResNet>),
+    ResNet(Arc<ResNet>),
 }
 
 /// CLIP's image tower, a vision transformer or a modified ResNet.
@@ -265,13 +271,17 @@ impl ImageTower {
 
     /// Raw features of preprocessed pixels: `(batch, 3, side, side)` → `(batch, embed_dim)`.
     ///
-    /// An image's feature has the same bits whatever stands beside it in the batch.
+    /// An image's feature has the same bits whatever stands beside it in the batch. Gradients reach the pixels if they are
+    /// tracked (VP).
     ///
     /// # Errors
     /// [`Error::Shape`] if the pixels are not of the tower's resolution, [`Error::Data`] if there is no image.
     pub fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
         self.expect(pixels)?;
         match &self.tower {
+            Tower::Vit(tower) if tower.is_engine_wanted(pixels) => {
+                self.encode_prompted(pixels, &VisualPrompts::new())
+            }
             Tower::Vit(tower) => tower.features(pixels, Wanted::ClassToken),
             Tower::ResNet(tower) => tower.features(pixels, resnet::Wanted::Pooled),
         }
@@ -284,7 +294,7 @@ impl ImageTower {
     /// None that is known.
     pub fn forecast(&self, images: usize) -> Result<u64> {
         let room = match &self.tower {
-            Tower::Vit(tower) => tower.room()?,
+            Tower::Vit(tower) => tower.room(),
             Tower::ResNet(tower) => tower.room(self.resolution),
         };
         let at_a_time = images.min(rayon::current_num_threads());
@@ -316,6 +326,9 @@ impl ImageTower {
     pub fn encode_dense(&self, pixels: &Tensor) -> Result<Tensor> {
         self.expect(pixels)?;
         match &self.tower {
+            Tower::Vit(tower) if tower.is_engine_wanted(pixels) => {
+                self.encode_prompted_dense(pixels, &VisualPrompts::new())
+            }
             Tower::Vit(tower) => tower.features(pixels, Wanted::EveryToken),
             Tower::ResNet(tower) => tower.features(
                 pixels,

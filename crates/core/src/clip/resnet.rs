@@ -1,15 +1,18 @@
 //! OpenAI's modified ResNet: a stem of three convolutions, anti-aliased strides, and an attention pool.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::block::Weights;
+use super::resnet_back::{Trace, Traced};
 use super::text::Probe;
-use super::vit_run::attend;
 use crate::engine::buffers::{Buffers, Cut};
+use crate::engine::image::attend::attend;
 use crate::kernels::{Conv, ConvSizes, Finish, average_pool, rows};
 use crate::ops::{FrozenLinear, Threads, with_values};
-use crate::{Arch, Error, Result};
+use crate::{Arch, Error, HEAD_WIDTH, Result};
 
 /// A convolution and the BatchNorm behind it.
 fn conv_bn(
@@ -53,11 +56,11 @@ fn conv_bn(
 }
 
 #[derive(Debug)]
-struct Bottleneck {
-    convs: [Conv; 3],
-    downsample: Option<Conv>,
+pub(super) struct Bottleneck {
+    pub(super) convs: [Conv; 3],
+    pub(super) downsample: Option<Conv>,
     /// Side of the squares that are averaged.
-    pool: usize,
+    pub(super) pool: usize,
 }
 
 impl Bottleneck {
@@ -123,24 +126,26 @@ impl Bottleneck {
 }
 
 /// What one image needs on its way, cut from one buffer.
-struct Room<'a> {
+pub(super) struct Room<'a> {
     /// The current activation, `(height, width, channels)`.
-    x: &'a mut [f32],
+    pub(super) x: &'a mut [f32],
     /// What becomes the next.
-    other: &'a mut [f32],
+    pub(super) other: &'a mut [f32],
     /// Activations inside a block.
-    inner: [&'a mut [f32]; 2],
-    work: Work<'a>,
+    pub(super) inner: [&'a mut [f32]; 2],
+    pub(super) work: Work<'a>,
 }
 
 /// How convolutions are computed.
-struct Work<'a> {
+pub(super) struct Work<'a> {
     scratch: &'a mut [f32],
-    threads: Threads,
+    pub(super) threads: Threads,
+    /// What is kept for a way back, if there is one.
+    pub(super) trace: Option<Trace>,
 }
 
 impl Work<'_> {
-    fn conv(
+    pub(super) fn conv(
         &mut self,
         conv: &Conv,
         x: &[f32],
@@ -148,21 +153,25 @@ impl Work<'_> {
         finish: Finish,
         out: &mut [f32],
     ) -> (usize, usize) {
-        match self.threads {
+        let side = match self.threads {
             Threads::One => conv.apply(x, side, finish, self.scratch, out),
             Threads::All => conv.apply_parallel(x, side, finish, out),
+        };
+        if let (Some(trace), true) = (&mut self.trace, finish != Finish::Linear) {
+            trace.see(&out[..side.0 * side.1 * conv.sizes().filters]);
         }
+        side
     }
 }
 
 /// The pool at the end: multi-head attention whose queries are the tokens' mean and, for local features, the tokens.
 #[derive(Debug)]
-struct AttentionPool {
+pub(super) struct AttentionPool {
     /// `(1 + grid², channels)`.
     positions: Vec<f32>,
-    in_proj: FrozenLinear,
-    c_proj: FrozenLinear,
-    channels: usize,
+    pub(super) in_proj: FrozenLinear,
+    pub(super) c_proj: FrozenLinear,
+    pub(super) channels: usize,
     grid: usize,
 }
 
@@ -221,7 +230,15 @@ impl AttentionPool {
             self.in_proj.apply_keys(tokens, rows, qkv);
         }
         let mixed = &mut mixed[..asking * channels];
-        attend(qkv, (rows, channels), threads, room.x, mixed);
+        let log_sums = match &mut room.work.trace {
+            Some(trace) => {
+                trace.qkv = qkv[..rows * 3 * channels].to_vec();
+                trace.log_sums = vec![0.0; asking * channels / HEAD_WIDTH];
+                &mut trace.log_sums[..]
+            }
+            None => &mut [],
+        };
+        attend(qkv, (rows, channels), threads, room.x, log_sums, mixed);
         self.c_proj.apply(mixed, asking, out, threads);
     }
 
@@ -281,11 +298,11 @@ fn cubic_weights(t: f32) -> [f32; 4] {
 
 #[derive(Debug)]
 pub(crate) struct ResNet {
-    stem: [Conv; 3],
-    stages: Vec<Vec<Bottleneck>>,
-    pool: AttentionPool,
+    pub(super) stem: [Conv; 3],
+    pub(super) stages: Vec<Vec<Bottleneck>>,
+    pub(super) pool: AttentionPool,
     /// Channels after the stem.
-    width: usize,
+    pub(super) width: usize,
     embed_dim: usize,
 }
 
@@ -355,27 +372,69 @@ impl ResNet {
     }
 
     /// Features of every image by itself, `(batch, embed_dim)` or `(batch, 1 + h·w, embed_dim)`, the pooled one first.
-    pub(crate) fn features(&self, pixels: &Tensor, wanted: Wanted) -> Result<Tensor> {
+    pub(crate) fn features(self: &Arc<Self>, pixels: &Tensor, wanted: Wanted) -> Result<Tensor> {
+        expect_channels(pixels)?;
+        if pixels.track_op() {
+            return Ok(pixels
+                .contiguous()?
+                .apply_op1(Traced::new(self.clone(), wanted))?);
+        }
         let (batch, _, h, w) = pixels.dims4()?;
-        let grid = self.sides((h, w)).last().copied().unwrap_or((0, 0));
-        let (rows, with_positions) = match wanted {
-            Wanted::Pooled => (1, true),
-            Wanted::Every { with_positions } => (1 + grid.0 * grid.1, with_positions),
-        };
-        let positions = with_positions.then(|| self.pool.positions_for(grid));
-        let features = self.each_image(pixels, rows * self.embed_dim, |image, room, out| {
-            self.walk(image, (h, w), room, &mut |_, _| {});
-            self.pool.apply(grid, positions.as_deref(), room, out);
+        let (features, _) = with_values(pixels, |pixels| {
+            self.features_of(pixels, (h, w), wanted, false)
         })?;
-        let shape = match wanted {
-            Wanted::Pooled => vec![batch, self.embed_dim],
-            Wanted::Every { .. } => vec![batch, rows, self.embed_dim],
-        };
+        let mut shape = vec![batch, self.embed_dim];
+        if let Wanted::Every { .. } = wanted {
+            shape.insert(1, self.rows((h, w), wanted));
+        }
         Ok(Tensor::from_vec(features, shape, pixels.device())?)
     }
 
+    /// Features of an image.
+    pub(super) fn rows(&self, side: (usize, usize), wanted: Wanted) -> usize {
+        let (h, w) = self.grid(side);
+        match wanted {
+            Wanted::Pooled => 1,
+            Wanted::Every { .. } => 1 + h * w,
+        }
+    }
+
+    /// Height and width of what the attention pool reads.
+    pub(super) fn grid(&self, side: (usize, usize)) -> (usize, usize) {
+        self.sides(side).last().copied().unwrap_or((0, 0))
+    }
+
+    /// As [`ResNet::features`] on slices, with traces for a way back if they are wanted.
+    pub(super) fn features_of(
+        &self,
+        pixels: &[f32],
+        side: (usize, usize),
+        wanted: Wanted,
+        traced: bool,
+    ) -> (Vec<f32>, Vec<Option<Trace>>) {
+        let grid = self.grid(side);
+        let positions = match wanted {
+            Wanted::Every {
+                with_positions: false,
+            } => None,
+            _ => Some(self.pool.positions_for(grid)),
+        };
+        let floats = self.rows(side, wanted) * self.embed_dim;
+        let mut features = vec![0.0; pixels.len() / (3 * side.0 * side.1).max(1) * floats];
+        let images = pixels.chunks((3 * side.0 * side.1).max(1));
+        let tasks = images.zip(features.chunks_mut(floats.max(1))).collect();
+        let scratch = self.scratch(false);
+        let traces = self.each_image(tasks, side, scratch, |(image, out), room| {
+            room.work.trace = traced.then(Trace::default);
+            self.walk(image, side, room, &mut |_, _| {});
+            self.pool.apply(grid, positions.as_deref(), room, out);
+            room.work.trace.take()
+        });
+        (features, traces)
+    }
+
     /// The pooled feature, `(batch, embed_dim)`, with a look at the hidden states.
-    pub(crate) fn encode(&self, pixels: &Tensor, probe: Probe<'_>) -> Result<Tensor> {
+    pub(crate) fn encode(self: &Arc<Self>, pixels: &Tensor, probe: Probe<'_>) -> Result<Tensor> {
         for i in 0..=self.stages.len() {
             let name = match i {
                 0 => "stem".to_owned(),
@@ -399,61 +458,65 @@ impl ResNet {
             0 => self.width,
             _ => (2 * self.width) << stage,
         };
-        let values = self.each_image(pixels, oh * ow * channels, |image, room, out| {
-            self.walk(image, (h, w), room, &mut |i, x| {
-                if i == stage {
-                    out.copy_from_slice(&x[..out.len()]);
-                }
+        expect_channels(pixels)?;
+        if pixels.track_op() {
+            let message =
+                "the hidden states of a ResNet image tower have no gradient, only its features";
+            return Err(Error::Data(message.into()));
+        }
+        let floats = oh * ow * channels;
+        let mut values = vec![0.0; batch * floats];
+        with_values(pixels, |pixels| {
+            let images = pixels.chunks((3 * h * w).max(1));
+            let tasks = images.zip(values.chunks_mut(floats.max(1))).collect();
+            self.each_image(tasks, (h, w), self.scratch(false), |(image, out), room| {
+                self.walk(image, (h, w), room, &mut |i, x| {
+                    if i == stage {
+                        out.copy_from_slice(&x[..out.len()]);
+                    }
+                });
             });
         })?;
         let state = Tensor::from_vec(values, (batch, oh, ow, channels), pixels.device())?;
         Ok(state.permute((0, 3, 1, 2))?.contiguous()?)
     }
 
-    /// Runs `f(image, room, output)` for every image, which gives `floats` numbers each.
-    fn each_image(
+    /// Runs `f(task, room)` for every image's task, with `scratch` floats for convolutions.
+    pub(super) fn each_image<I: Send, T: Send>(
         &self,
-        pixels: &Tensor,
-        floats: usize,
-        f: impl Fn(&[f32], &mut Room<'_>, &mut [f32]) + Sync,
-    ) -> Result<Vec<f32>> {
-        let (batch, channels, h, w) = pixels.dims4()?;
-        if channels != 3 {
-            return Err(Error::Shape {
-                what: "batch of images".into(),
-                found: pixels.dims().to_vec(),
-                expected: vec![batch, 3, h, w],
-            });
-        }
-        if pixels.track_op() {
-            let message = "a ResNet image tower has no gradient yet";
-            return Err(Error::Data(message.into()));
-        }
-        let threads = Threads::for_tasks(batch);
-        let (activation, scratch) = self.sizes((h, w), threads);
+        tasks: Vec<I>,
+        side: (usize, usize),
+        scratch: usize,
+        f: impl Fn(I, &mut Room<'_>) -> T + Sync,
+    ) -> Vec<T> {
+        let threads = Threads::for_tasks(tasks.len());
+        let scratch = match threads {
+            Threads::One => scratch,
+            Threads::All => 0,
+        };
+        let activation = self.activation(side);
         let buffers = Buffers::default();
-        let mut all = vec![0.0; batch * floats];
-        with_values(pixels, |pixels| {
-            all.par_chunks_mut(floats.max(1))
-                .zip(pixels.par_chunks((3 * h * w).max(1)))
-                .with_max_len(1)
-                .for_each(|(out, image)| {
-                    let mut buffer = buffers.take(4 * activation + scratch);
-                    let mut cut = Cut::new(&mut buffer);
-                    let mut room = Room {
-                        x: cut.take(activation),
-                        other: cut.take(activation),
-                        inner: [cut.take(activation), cut.take(activation)],
-                        work: Work {
-                            scratch: cut.take(scratch),
-                            threads,
-                        },
-                    };
-                    f(image, &mut room, out);
-                    buffers.give(buffer);
-                });
-        })?;
-        Ok(all)
+        tasks
+            .into_par_iter()
+            .with_max_len(1)
+            .map(|task| {
+                let mut buffer = buffers.take(4 * activation + scratch);
+                let mut cut = Cut::new(&mut buffer);
+                let mut room = Room {
+                    x: cut.take(activation),
+                    other: cut.take(activation),
+                    inner: [cut.take(activation), cut.take(activation)],
+                    work: Work {
+                        scratch: cut.take(scratch),
+                        threads,
+                        trace: None,
+                    },
+                };
+                let result = f(task, &mut room);
+                buffers.give(buffer);
+                result
+            })
+            .collect()
     }
 
     /// `image (3, h, w)` through stem and stages, to `room.x`; `see(i, x)` after the stem (0) and every stage.
@@ -484,26 +547,42 @@ impl ResNet {
         }
     }
 
-    /// Floats of the largest activation, and what a convolution is worked in.
-    fn sizes(&self, (h, w): (usize, usize), threads: Threads) -> (usize, usize) {
+    /// Floats of the largest activation.
+    fn activation(&self, (h, w): (usize, usize)) -> usize {
         let (oh, ow) = self.stem[0].sizes().out_side((h, w));
         // After the stem nothing is larger than what its last convolution gives.
-        let activation = (3 * h * w).max(oh * ow * self.width);
-        let scratch = match threads {
-            Threads::One => self.convs().map(Conv::scratch).max().unwrap_or(0),
-            Threads::All => 0,
-        };
-        (activation, scratch)
+        (3 * h * w).max(oh * ow * self.width)
+    }
+
+    /// Floats in which a convolution is computed, or its way `back`.
+    pub(super) fn scratch(&self, back: bool) -> usize {
+        let sizes = self.convs().map(Conv::sizes);
+        let scratch = sizes.map(|s| match back {
+            true => s.turned().scratch(),
+            false => s.scratch(),
+        });
+        scratch.max().unwrap_or(0)
     }
 
     /// Floats in which one of many images is computed.
     pub(crate) fn room(&self, side: usize) -> usize {
-        let (activation, scratch) = self.sizes((side, side), Threads::One);
-        4 * activation + scratch
+        4 * self.activation((side, side)) + self.scratch(false)
     }
 
     pub(crate) fn bytes(&self) -> usize {
         let convs: usize = self.convs().map(Conv::bytes).sum();
         convs + self.pool.in_proj.bytes() + self.pool.c_proj.bytes()
     }
+}
+
+fn expect_channels(pixels: &Tensor) -> Result<()> {
+    let (batch, channels, h, w) = pixels.dims4()?;
+    if channels == 3 {
+        return Ok(());
+    }
+    Err(Error::Shape {
+        what: "batch of images".into(),
+        found: pixels.dims().to_vec(),
+        expected: vec![batch, 3, h, w],
+    })
 }

@@ -1,11 +1,15 @@
 //! The vision transformer.
 
+use std::sync::Arc;
+
 use candle_core::{IndexOp, Tensor};
 
 use super::Glimpses;
 use super::block::{Block, Weights};
 use super::text::Probe;
 use super::vit_run::{self, Runner, Wanted};
+use crate::engine::buffers::Buffers;
+use crate::engine::image::run::Entry;
 use crate::ops::{self, LayerNorm, Linear, with_values};
 use crate::{Arch, Error, HEAD_WIDTH, Result};
 
@@ -15,16 +19,23 @@ pub(crate) struct Vit {
     class_embedding: Tensor,
     /// `(1 + grid², width)`.
     positions: Tensor,
-    patches: Linear,
-    ln_pre: LayerNorm,
-    blocks: Vec<Block>,
-    ln_post: LayerNorm,
-    projection: Linear,
+    /// Both as plain numbers, if no weight is learned.
+    pub(super) entry: Option<Arc<Entry>>,
+    pub(super) patches: Linear,
+    pub(super) ln_pre: LayerNorm,
+    /// Shared with the operations that run them.
+    pub(super) blocks: Arc<Vec<Block>>,
+    pub(super) ln_post: LayerNorm,
+    pub(super) projection: Linear,
     patch_size: usize,
-    width: usize,
+    pub(super) width: usize,
     embed_dim: usize,
     /// Pixels of a side.
     side: usize,
+    /// What a pass over prompted images may take at most, in bytes.
+    pub(super) memory_budget: Option<u64>,
+    /// What such passes are computed in, from one to the next.
+    pub(super) buffers: Arc<Buffers>,
 }
 
 impl Vit {
@@ -48,10 +59,20 @@ impl Vit {
             let prefix = format!("visual.transformer.resblocks.{i}");
             Block::load(w, &prefix, width, width / HEAD_WIDTH, arch.activation)
         });
+        let blocks = Arc::new(blocks.collect::<Result<_>>()?);
+        let positions = w.tensor("visual.positional_embedding", &[1 + grid * grid, width])?;
+        let entry = match w.is_learned() {
+            true => None,
+            false => Some(Arc::new(Entry {
+                class_embedding: class_embedding.to_vec1()?,
+                positions: positions.flatten_all()?.to_vec1()?,
+            })),
+        };
         Ok(Self {
-            blocks: blocks.collect::<Result<_>>()?,
+            entry,
+            blocks,
             class_embedding: class_embedding.reshape((1, 1, width))?,
-            positions: w.tensor("visual.positional_embedding", &[1 + grid * grid, width])?,
+            positions,
             patches: conv1,
             ln_pre: w.layer_norm("visual.ln_pre", width)?,
             ln_post: w.layer_norm("visual.ln_post", width)?,
@@ -60,11 +81,24 @@ impl Vit {
             width,
             embed_dim: arch.embed_dim,
             side: arch.image_resolution,
+            memory_budget: None,
+            buffers: Arc::default(),
         })
     }
 
+    /// Whether pixels need a gradient through frozen weights.
+    pub(super) fn is_engine_wanted(&self, pixels: &Tensor) -> bool {
+        pixels.track_op() && self.entry.is_some()
+    }
+
+    /// Class token and patches.
+    pub(super) fn token_count(&self) -> usize {
+        let grid = self.side / self.patch_size;
+        1 + grid * grid
+    }
+
     /// Every patch's pixels as a row: `(batch, 3, side, side)` → `(batch, grid², 3·patch²)`.
-    fn patch_rows(&self, pixels: &Tensor) -> Result<Tensor> {
+    pub(super) fn patch_rows(&self, pixels: &Tensor) -> Result<Tensor> {
         let (batch, channels, height, width) = pixels.dims4()?;
         let p = self.patch_size;
         let (rows, columns) = (height / p, width / p);
@@ -141,11 +175,7 @@ impl Vit {
     /// Features of every image by itself: of the class token `(batch, embed_dim)`, or of every token
     /// `(batch, 1 + grid², embed_dim)`.
     pub(crate) fn features(&self, pixels: &Tensor, wanted: Wanted) -> Result<Tensor> {
-        let runner = match pixels.track_op() {
-            true => None,
-            false => self.runner()?,
-        };
-        let Some(runner) = runner else {
+        let Some(runner) = self.runner() else {
             // Matrix kernels choose their blocks by the number of rows: alone, an image has its own bits.
             return ops::row_by_row(pixels, |_, image| match wanted {
                 Wanted::ClassToken => self.encode(image, &mut |_, _| Ok(())),
@@ -155,47 +185,34 @@ impl Vit {
         let features = with_values(pixels, |pixels| runner.run(pixels, wanted))?;
         let mut shape = vec![pixels.dim(0)?, self.embed_dim];
         if let Wanted::EveryToken = wanted {
-            shape.insert(1, self.positions.dim(0)?);
+            shape.insert(1, self.token_count());
         }
         Ok(Tensor::from_vec(features, shape, pixels.device())?)
     }
 
     /// Floats in which one image is computed.
-    pub(crate) fn room(&self) -> Result<usize> {
-        let tokens = self.positions.dim(0)?;
-        Ok(vit_run::sizes(tokens, self.width, self.patch_size)
+    pub(crate) fn room(&self) -> usize {
+        vit_run::sizes(self.token_count(), self.width, self.patch_size)
             .iter()
-            .sum())
+            .sum()
     }
 
     /// The tower as plain loops, if no weight is learned.
-    fn runner(&self) -> Result<Option<Runner<'_>>> {
-        let parts = || {
-            Some((
-                self.patches.as_frozen()?,
-                self.ln_pre.as_frozen()?,
-                self.blocks
-                    .iter()
-                    .map(Block::frozen)
-                    .collect::<Option<_>>()?,
-                self.ln_post.as_frozen()?,
-                self.projection.as_frozen()?,
-            ))
-        };
-        let Some((patches, ln_pre, blocks, ln_post, projection)) = parts() else {
-            return Ok(None);
-        };
-        Ok(Some(Runner {
-            class_embedding: self.class_embedding.flatten_all()?.to_vec1()?,
-            positions: self.positions.flatten_all()?.to_vec1()?,
-            patches,
-            ln_pre,
-            blocks,
-            ln_post,
-            projection,
+    fn runner(&self) -> Option<Runner<'_>> {
+        Some(Runner {
+            entry: self.entry.as_deref()?,
+            patches: self.patches.as_frozen()?,
+            ln_pre: self.ln_pre.as_frozen()?,
+            blocks: self
+                .blocks
+                .iter()
+                .map(Block::frozen)
+                .collect::<Option<_>>()?,
+            ln_post: self.ln_post.as_frozen()?,
+            projection: self.projection.as_frozen()?,
             patch_size: self.patch_size,
             side: self.side,
-        }))
+        })
     }
 
     /// The class token's feature, `(batch, embed_dim)`, the batch as a whole.

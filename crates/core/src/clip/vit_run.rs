@@ -3,27 +3,17 @@
 //! An image is one task: it runs through all blocks in a buffer that the thread's next image finds again. Nothing that is
 //! computed depends on the other images or on the number of threads.
 
-use std::cell::RefCell;
-
 use rayon::prelude::*;
 
-use crate::HEAD_WIDTH;
 use crate::clip::FrozenBlock;
 use crate::engine::buffers::{Buffers, Cut};
-use crate::kernels::{Passing, rows};
+use crate::engine::image::block::{self, Made, Shape, Until};
+use crate::engine::image::run::Entry;
 use crate::ops::{FrozenLinear, FrozenNorm, Threads};
-
-/// Rows that ask in one task of attention on all threads.
-const QUERIES: usize = 64;
-/// Rows that pass the MLP at a time.
-const MLP_ROWS: usize = 200;
 
 /// The tower's parts.
 pub(super) struct Runner<'a> {
-    /// `(width)`.
-    pub(super) class_embedding: Vec<f32>,
-    /// `(1 + grid², width)`.
-    pub(super) positions: Vec<f32>,
+    pub(super) entry: &'a Entry,
     pub(super) patches: &'a FrozenLinear,
     pub(super) ln_pre: &'a FrozenNorm,
     pub(super) blocks: Vec<FrozenBlock<'a>>,
@@ -41,33 +31,13 @@ pub(super) enum Wanted {
     EveryToken,
 }
 
-/// What one image needs on its way, cut from one buffer.
-struct Room<'a> {
-    /// `(tokens, width)`.
-    x: &'a mut [f32],
-    /// After a LayerNorm, then what attention gives, `(tokens, width)`.
-    normed: &'a mut [f32],
-    /// Queries, keys and values, `(tokens, 3·width)`; at first the embedded patches and the patches' pixels.
-    qkv: &'a mut [f32],
-    /// Inside the MLP, `(MLP_ROWS, 4·width)`.
-    hidden: &'a mut [f32],
-    /// A row of `hidden` before the activation.
-    line: &'a mut [f32],
-    /// Probabilities of a head, `(tokens, tokens)`.
-    p: &'a mut [f32],
-    /// Tokens and width.
-    sizes: (usize, usize),
-    /// Who computes a product: all threads if there are more than images.
-    threads: Threads,
-}
-
 impl Runner<'_> {
     fn width(&self) -> usize {
-        self.class_embedding.len()
+        self.entry.class_embedding.len()
     }
 
     fn tokens(&self) -> usize {
-        self.positions.len() / self.width()
+        self.entry.positions.len() / self.width()
     }
 
     /// `(batch, 3, side, side)` → `(batch, embed_dim)`, or of every token `(batch, tokens, embed_dim)`.
@@ -102,42 +72,34 @@ impl Runner<'_> {
         let sizes = sizes(tokens, width, self.patch_size);
         let mut buffer = buffers.take(sizes.iter().sum());
         let mut cut = Cut::new(&mut buffer);
-        let [x, normed, qkv, hidden, line, p] = sizes.map(|size| cut.take(size));
-        let mut room = Room {
-            x,
-            normed,
-            qkv,
-            hidden,
-            line,
-            p,
-            sizes: (tokens, width),
-            threads,
-        };
-        self.enter(pixels, &mut room);
+        let [x, made, room] = sizes.map(|size| cut.take(size));
+        self.enter(pixels, x, room, threads);
         for (layer, block) in self.blocks.iter().enumerate() {
             // What the last block does to the other rows is never read.
             let asking = match layer + 1 == self.blocks.len() {
                 true => wanted,
                 false => tokens,
             };
-            apply(block, asking, &mut room);
+            let shape = Shape::plain(tokens, asking, width);
+            let made = Made::in_passing(made, shape);
+            block::forward(block, shape, x, made, room, threads, Until::Output);
         }
-        let normed = &mut room.normed[..wanted * width];
-        self.ln_post.normalise(&room.x[..wanted * width], normed);
+        let (x, normed) = (&x[..wanted * width], &mut room[..wanted * width]);
+        self.ln_post.normalise(x, normed);
         self.projection.apply(normed, wanted, out, threads);
         buffers.give(buffer);
     }
 
     /// The rows that the first block reads.
-    fn enter(&self, pixels: &[f32], room: &mut Room<'_>) {
+    fn enter(&self, pixels: &[f32], x: &mut [f32], room: &mut [f32], threads: Threads) {
         let (width, tokens) = (self.width(), self.tokens());
-        let (embedded, patches) = room.qkv.split_at_mut(tokens * width);
+        let mut cut = Cut::new(room);
+        let (embedded, of_patches) = (cut.take(tokens * width), cut.take((tokens - 1) * width));
+        let patches = cut.take((tokens - 1) * 3 * self.patch_size * self.patch_size);
         self.patch_rows(pixels, patches);
-        embedded[..width].copy_from_slice(&self.class_embedding);
-        self.patches
-            .apply(patches, tokens - 1, &mut embedded[width..], room.threads);
-        rows::add_into(embedded, &self.positions);
-        self.ln_pre.normalise(embedded, room.x);
+        self.patches.apply(patches, tokens - 1, of_patches, threads);
+        self.entry.embed(of_patches, embedded);
+        self.ln_pre.normalise(embedded, x);
     }
 
     /// Every patch's pixels as a row of a matrix: a convolution whose step is its kernel is a product with it.
@@ -158,109 +120,13 @@ impl Runner<'_> {
     }
 }
 
-/// Floats of [`Room`]'s parts, in their order.
-pub(super) fn sizes(tokens: usize, width: usize, patch_size: usize) -> [usize; 6] {
-    let patch = 3 * patch_size * patch_size;
+/// Floats in which one image is computed: its tokens, what a block makes, and room for the rest.
+pub(super) fn sizes(tokens: usize, width: usize, patch_size: usize) -> [usize; 3] {
+    let shape = Shape::plain(tokens, tokens, width);
+    let patches = (tokens - 1) * 3 * patch_size * patch_size;
     [
         tokens * width,
-        tokens * width,
-        tokens * (3 * width).max(width + patch),
-        MLP_ROWS.min(tokens) * 4 * width,
-        4 * width,
-        tokens * tokens,
+        shape.made_in_passing(),
+        shape.room().max(2 * tokens * width + patches),
     ]
-}
-
-/// One block; only the first `asking` rows of `room.x` are what they shall be.
-fn apply(block: &FrozenBlock<'_>, asking: usize, room: &mut Room<'_>) {
-    let ((tokens, width), threads) = (room.sizes, room.threads);
-    let (normed, qkv) = (&mut *room.normed, &mut *room.qkv);
-    block.ln_1.normalise(room.x, normed);
-    block.in_proj.apply(normed, asking, qkv, threads);
-    if asking < tokens {
-        block.in_proj.apply_keys(normed, tokens, qkv);
-    }
-    let mixed = &mut normed[..asking * width];
-    attend(qkv, (tokens, width), threads, room.p, mixed);
-    let x = &mut room.x[..asking * width];
-    block.out_proj.add(mixed, asking, x, threads);
-    let normed = mixed;
-    block.ln_2.normalise(x, normed);
-    for (x, normed) in x
-        .chunks_mut(MLP_ROWS * width)
-        .zip(normed.chunks(MLP_ROWS * width))
-    {
-        let m = x.len() / width;
-        let hidden = &mut room.hidden[..m * 4 * width];
-        block.c_fc.apply(normed, m, hidden, threads);
-        for hidden in hidden.chunks_exact_mut(4 * width) {
-            room.line.copy_from_slice(hidden);
-            rows::activate(block.activation, room.line, hidden);
-        }
-        block.c_proj.add(hidden, m, x, threads);
-    }
-}
-
-/// Keys and values of a head, laid out for the products.
-#[derive(Default)]
-struct Seen {
-    keys: Passing,
-    values: Passing,
-}
-
-thread_local! {
-    static SEEN: RefCell<Seen> = RefCell::default();
-}
-
-/// Attention of as many rows as `mixed` has, the first ones, to all; `p` has room for their probabilities in one head.
-pub(super) fn attend(
-    qkv: &[f32],
-    (tokens, width): (usize, usize),
-    threads: Threads,
-    p: &mut [f32],
-    mixed: &mut [f32],
-) {
-    let some = |first: usize, mixed: &mut [f32], p: &mut [f32]| {
-        SEEN.with_borrow_mut(|seen| attend_some(qkv, (tokens, width), first, p, mixed, seen));
-    };
-    match threads {
-        Threads::One => some(0, mixed, p),
-        Threads::All => mixed
-            .par_chunks_mut(QUERIES * width)
-            .zip(p.par_chunks_mut(QUERIES * tokens))
-            .enumerate()
-            .for_each(|(i, (mixed, p))| some(i * QUERIES, mixed, p)),
-    }
-}
-
-/// As [`attend`], from row `first` on. A row's bits do not depend on the others.
-fn attend_some(
-    qkv: &[f32],
-    (tokens, width): (usize, usize),
-    first: usize,
-    p: &mut [f32],
-    mixed: &mut [f32],
-    seen: &mut Seen,
-) {
-    let m = mixed.len() / width;
-    let p = &mut p[..m * tokens];
-    let pitch = 3 * width;
-    let scale = 1.0 / (HEAD_WIDTH as f32).sqrt();
-    for head in (0..width).step_by(HEAD_WIDTH) {
-        let (k, v) = (width + head, 2 * width + head);
-        seen.keys.lay_out((HEAD_WIDTH, tokens), |row, column| {
-            scale * qkv[column * pitch + k + row]
-        });
-        seen.values.lay_out((tokens, HEAD_WIDTH), |row, column| {
-            qkv[row * pitch + v + column]
-        });
-        let q = &qkv[first * pitch + head..];
-        seen.keys.multiply((q, pitch), m, (p, tokens));
-        rows::vectorised(
-            #[inline(always)]
-            || p.chunks_exact_mut(tokens).for_each(rows::softmax),
-        );
-        seen.values
-            .multiply((p, tokens), m, (&mut mixed[head..], width));
-    }
 }

@@ -9,7 +9,7 @@ pub enum Policy {
     SaveAll,
     /// Of prefixes keys and values, of suffixes nothing: each chunk runs forward again before it goes back. About half as
     /// long again. Of the memory only features and their gradients grow with the number of prompts; prefixes do with that of
-    /// contexts.
+    /// contexts. In the image tower the input of every block is kept, and each block runs forward again before it goes back.
     TwoPasses,
 }
 

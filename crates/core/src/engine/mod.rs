@@ -6,6 +6,7 @@
 pub(crate) mod attend;
 pub(crate) mod buffers;
 mod chunk;
+pub(crate) mod image;
 pub(crate) mod memory;
 mod order;
 pub(crate) mod plan;

@@ -5,6 +5,8 @@ use std::sync::{Mutex, PoisonError};
 
 use rayon::Scope;
 
+use super::buffers::Cut;
+
 /// Results that may wait or be in the making for each worker. One that is held up by other programs then stops the others
 /// before what they have done fills the memory.
 pub(super) const AHEAD: usize = 2;
@@ -33,6 +35,23 @@ pub(super) fn in_order<T: Send>(
         }),
     };
     rayon::scope(|scope| (0..workers).for_each(|_| scope.spawn(|scope| line.run(scope))));
+}
+
+/// As [`in_order`], giving each piece of work a part of `buffer` of its own: one after the other, of these sizes.
+pub(super) fn in_order_into<T: Send>(
+    buffer: &mut [f32],
+    sizes: impl Iterator<Item = usize>,
+    at_a_time: usize,
+    work: impl Fn(usize, &mut [f32]) -> T + Sync,
+    take: impl FnMut(usize, T) + Send,
+) {
+    let mut cut = Cut::new(buffer);
+    let parts: Vec<Mutex<&mut [f32]>> = sizes.map(|size| Mutex::new(cut.take(size))).collect();
+    let work = |i: usize| {
+        let mut part = parts[i].lock().unwrap_or_else(PoisonError::into_inner);
+        work(i, &mut part)
+    };
+    in_order(parts.len(), at_a_time, work, take);
 }
 
 struct Line<T, W, F> {

@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use super::buffers::{Buffers, Cut};
 use super::chunk::{Pass, Results};
 use super::memory::{Part, Parts, Policy};
-use super::order::{AHEAD, in_order};
+use super::order::{AHEAD, in_order, in_order_into};
 use super::plan::{Chunk, Place, Plan};
 use super::record::{Before, Keep, Kind, Layout, Records};
 use crate::clip::FrozenBlock;
@@ -161,18 +161,15 @@ impl Runner<'_> {
     }
 
     fn side_forward(&self, side: Side<'_>, record: &mut [f32], ends: &mut [f32]) {
-        let mut cut = Cut::new(record);
-        let parts = side.layouts.iter().map(|l| Mutex::new(cut.take(l.floats)));
-        let parts: Vec<Mutex<&mut [f32]>> = parts.collect();
         let ends = Mutex::new(ends);
         let threads = self.threads(side.chunks.len());
-        in_order(
-            side.chunks.len(),
+        in_order_into(
+            record,
+            side.layouts.iter().map(|l| l.floats),
             self.at_a_time,
-            |i| {
-                let mut part = parts[i].lock().unwrap_or_else(PoisonError::into_inner);
+            |i, part| {
                 let mut room = self.buffers.take(side.records.room);
-                self.chunk_forward(side.pass(i, threads), &mut part, &mut room, Some(&ends));
+                self.chunk_forward(side.pass(i, threads), part, &mut room, Some(&ends));
                 self.buffers.give(room);
             },
             |_, ()| (),

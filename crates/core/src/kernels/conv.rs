@@ -1,6 +1,7 @@
 //! Convolution and pooling of the ResNet tower, on images whose channels lie side by side: `(height, width, channels)`.
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use rayon::prelude::*;
 
@@ -32,6 +33,20 @@ impl ConvSizes {
     /// Pixels of a patch, times channels.
     fn patch(&self) -> usize {
         self.kernel * self.kernel * self.channels
+    }
+
+    /// Sizes of [`Conv::turned`].
+    pub(crate) fn turned(&self) -> Self {
+        Self {
+            channels: self.filters,
+            filters: self.channels,
+            ..*self
+        }
+    }
+
+    /// Floats that [`Conv::apply`] needs beside input and output.
+    pub(crate) fn scratch(&self) -> usize {
+        PIXELS * (self.patch() + self.filters)
     }
 
     /// Height and width of the output.
@@ -91,6 +106,8 @@ pub(crate) struct Conv {
     weight: Packed,
     scale: Vec<f32>,
     shift: Vec<f32>,
+    /// What takes gradients back, from the first one on.
+    turned: OnceLock<Box<Self>>,
 }
 
 impl Conv {
@@ -105,6 +122,70 @@ impl Conv {
             weight,
             scale,
             shift,
+            turned: OnceLock::new(),
+        }
+    }
+
+    /// The convolution that turns the gradient of this one's sums, before BatchNorm, into that of its input, if the stride is 1:
+    /// the kernel is turned around, and filters and channels change places.
+    pub(crate) fn turned(&self) -> &Self {
+        if let Some(turned) = self.turned.get() {
+            return turned;
+        }
+        let sizes = self.sizes.turned();
+        let (filters, channels) = (self.sizes.filters, self.sizes.channels);
+        let last = self.sizes.kernel * self.sizes.kernel - 1;
+        let weight = Packed::new((sizes.patch(), channels), |row, channel| {
+            let tap = last - row / filters;
+            self.weight.get(tap * channels + channel, row % filters)
+        });
+        let turned = Self {
+            sizes,
+            weight,
+            scale: vec![1.0; channels],
+            shift: vec![0.0; channels],
+            turned: OnceLock::new(),
+        };
+        // Not inside `get_or_init`: laying out runs on the pool, and a thread that waits there may come back here.
+        self.turned.get_or_init(|| Box::new(turned))
+    }
+
+    /// From the gradient of BatchNorm's output to that of its input, in place.
+    pub(crate) fn scale_gradient(&self, d: &mut [f32]) {
+        vectorised(
+            #[inline(always)]
+            || {
+                for d in d.chunks_exact_mut(self.sizes.filters) {
+                    d.iter_mut().zip(&self.scale).for_each(|(d, s)| *d *= s);
+                }
+            },
+        );
+    }
+
+    /// The gradient of the input `(height, width, channels)` from that of the sums before BatchNorm, whatever the stride, a
+    /// patch at a time: for the first convolution, whose few channels make patches small.
+    pub(crate) fn scatter_gradient(&self, d: &[f32], (h, w): (usize, usize), out: &mut [f32]) {
+        let s = &self.sizes;
+        let (out_width, patch) = (s.out_side((h, w)).1, s.patch());
+        let out = &mut out[..h * w * s.channels];
+        out.fill(0.0);
+        let turned = self.weight.transposed();
+        let mut rows = vec![0.0; PIXELS * patch];
+        for (i, d) in d.chunks(PIXELS * s.filters).enumerate() {
+            let m = d.len() / s.filters;
+            turned.multiply(d, m, Onto::Bias(None), &mut rows);
+            for (pixel, row) in rows.chunks_exact(patch).take(m).enumerate() {
+                let pixel = i * PIXELS + pixel;
+                let (top, left) = (pixel / out_width * s.stride, pixel % out_width * s.stride);
+                for (tap, row) in row.chunks_exact(s.channels).enumerate() {
+                    let y = (top + tap / s.kernel).wrapping_sub(s.padding());
+                    let x = (left + tap % s.kernel).wrapping_sub(s.padding());
+                    if y < h && x < w {
+                        let cell = &mut out[(y * w + x) * s.channels..][..s.channels];
+                        cell.iter_mut().zip(row).for_each(|(cell, d)| *cell += d);
+                    }
+                }
+            }
         }
     }
 
@@ -116,9 +197,9 @@ impl Conv {
         self.weight.bytes() + 4 * (self.scale.len() + self.shift.len())
     }
 
-    /// Floats that [`Conv::apply`] needs beside input and output.
+    /// See [`ConvSizes::scratch`].
     pub(crate) fn scratch(&self) -> usize {
-        PIXELS * (self.sizes.patch() + self.sizes.filters)
+        self.sizes.scratch()
     }
 
     /// `x (height, width, channels)` → `out (height', width', filters)`, and the latter's height and width.
@@ -231,6 +312,28 @@ pub(crate) fn average_pool(
         out.iter_mut().for_each(|out| *out *= norm);
     }
     (oh, ow)
+}
+
+/// The gradient of [`average_pool`]'s input, whose height and width are `side`.
+pub(crate) fn average_pool_backward(
+    d: &[f32],
+    (h, w): (usize, usize),
+    channels: usize,
+    factor: usize,
+    out: &mut [f32],
+) {
+    let (oh, ow) = (h / factor, w / factor);
+    let norm = 1.0 / (factor * factor) as f32;
+    for (i, out) in out.chunks_exact_mut(channels).take(h * w).enumerate() {
+        let (y, x) = (i / w / factor, i % w / factor);
+        if y >= oh || x >= ow {
+            // Rows and columns that fill no square are read by none.
+            out.fill(0.0);
+            continue;
+        }
+        let d = &d[(y * ow + x) * channels..][..channels];
+        out.iter_mut().zip(d).for_each(|(out, d)| *out = norm * d);
+    }
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 use crate::Activation;
 
-pub(crate) use conv::{Conv, ConvSizes, Finish, average_pool};
+pub(crate) use conv::{Conv, ConvSizes, Finish, average_pool, average_pool_backward};
 pub(crate) use packed::{Onto, Packed, Passing};
 
 /// Columns of a product that one task computes.
@@ -315,7 +315,9 @@ pub(crate) fn activate_backward(kind: Activation, x: &[f32], dy: &[f32], dx: &mu
 pub(crate) fn softmax_row(row: &mut [f32]) {
     rows::vectorised(
         #[inline(always)]
-        || rows::softmax(row),
+        || {
+            rows::softmax(row);
+        },
     );
 }
 

@@ -94,11 +94,13 @@ impl Packed {
     /// The transpose, laid out in the same way.
     pub(crate) fn transposed(&self) -> Self {
         let (k, n) = (self.k, self.n);
-        Self::new((n, k), |row, column| {
-            // Element (column, row) of this one.
-            self.panels
-                .get((row / LANES * k + column) * LANES + row % LANES)
-        })
+        Self::new((n, k), |row, column| self.get(column, row))
+    }
+
+    /// One element.
+    pub(crate) fn get(&self, row: usize, column: usize) -> f32 {
+        let panel = column / LANES * self.k * LANES;
+        self.panels.get(panel + row * LANES + column % LANES)
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -239,6 +241,29 @@ impl Passing {
         self.panels.resize(n.div_ceil(LANES) * k * LANES, 0.0);
         for (panel, values) in self.panels.chunks_exact_mut((k * LANES).max(1)).enumerate() {
             lay_panel(values, panel * LANES, n, &at);
+        }
+    }
+
+    /// As [`Passing::lay_out`] for a matrix whose rows begin `pitch` apart.
+    pub(crate) fn lay_rows(&mut self, (k, n): (usize, usize), rows: &[f32], pitch: usize) {
+        (self.k, self.n) = (k, n);
+        self.panels.resize(n.div_ceil(LANES) * k * LANES, 0.0);
+        for (panel, values) in self.panels.chunks_exact_mut((k * LANES).max(1)).enumerate() {
+            let first = panel * LANES;
+            let columns = LANES.min(n - first);
+            let (values, _) = values.as_chunks_mut::<LANES>();
+            for (row, values) in values.iter_mut().enumerate() {
+                let from = &rows[row * pitch + first..];
+                match from.first_chunk::<LANES>() {
+                    // A length that the compiler knows.
+                    Some(from) if columns == LANES => *values = *from,
+                    _ => {
+                        let (inside, outside) = values.split_at_mut(columns);
+                        inside.copy_from_slice(&from[..columns]);
+                        outside.fill(0.0);
+                    }
+                }
+            }
         }
     }
 
@@ -738,6 +763,10 @@ mod tests {
             passing.lay_out((k, n), |row, column| b[row * n + column]);
             let mut out = vec![7.0; m * pitch];
             passing.multiply((&a, a_pitch), m, (&mut out, pitch));
+            let mut by_rows = Passing::default();
+            let wide: Vec<f32> = b.chunks(n).flat_map(|row| row.iter().copied().chain(vec![f32::NAN; apart])).collect();
+            by_rows.lay_rows((k, n), &wide, n + apart);
+            prop_assert_eq!(&by_rows.panels[..], &passing.panels[..]);
             let rows: Vec<f32> = a.chunks(a_pitch.max(1)).flat_map(|row| row[..k].to_vec()).collect();
             for (i, p) in expected(&rows, &b, (m, k, n)).into_iter().enumerate() {
                 let found = f64::from(out[i / n * pitch + i % n]);

@@ -232,18 +232,19 @@ fn largest(row: &[f32]) -> f32 {
     largest.into_iter().fold(f32::NEG_INFINITY, f32::max)
 }
 
-/// Softmax of a row in place; entries of minus infinity become zero.
+/// Softmax of a row in place; entries of minus infinity become zero. Gives the logarithm of the sum of the exponentials.
 #[inline(always)]
-pub(crate) fn softmax(row: &mut [f32]) {
+pub(crate) fn softmax(row: &mut [f32]) -> f32 {
     let max = largest(row);
     for x in row.iter_mut() {
         *x = exp(*x - max);
     }
-    let scale = 1.0
-        / sum(
-            row,
-            #[inline(always)]
-            |x| x,
-        );
+    let total = sum(
+        row,
+        #[inline(always)]
+        |x| x,
+    );
+    let scale = 1.0 / total;
     row.iter_mut().for_each(|x| *x *= scale);
+    max + total.ln()
 }

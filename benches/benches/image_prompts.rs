@@ -1,0 +1,107 @@
+//! Steps that learn inside the image tower, at ViT-B/16's sizes with random weights: forward, loss, all gradients.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::time::Duration;
+
+use candle_core::{IndexOp, Tensor};
+use cliptune_benches::{normal, vit_b16};
+use cliptune_core::layers::Affine;
+use cliptune_core::visual_prompt::{Tokens, VisualPrompts};
+use cliptune_core::{Clip, Gradients, Params, ops};
+use criterion::{Criterion, criterion_group, criterion_main};
+
+const WIDTH: usize = 768;
+
+fn one_thread(_: &mut Criterion) {
+    cliptune_core::one_candle_thread();
+}
+
+/// Cross entropy against a hundred frozen classes, and its gradients.
+fn step(clip: &Clip, features: &Tensor, text: &Tensor, params: &Params) {
+    let logits = clip.cosine_logits(features, text).unwrap();
+    let labels: Vec<u32> = (0..logits.dim(0).unwrap() as u32).collect();
+    let loss = ops::cross_entropy(&logits, &labels).unwrap();
+    Gradients::of(&loss, params).unwrap();
+}
+
+fn image_prompts(c: &mut Criterion) {
+    let mut group = c.benchmark_group("image prompts");
+    group
+        .sample_size(10)
+        .measurement_time(Duration::from_secs(20));
+    let clip = vit_b16().unwrap();
+    let text = normal(&[100, 512]).unwrap();
+    let pixels = normal(&[4, 3, 224, 224]).unwrap();
+
+    // Deep visual prompt tuning: 8 tokens, replaced at every block.
+    let mut params = Params::new(1);
+    let deep: Vec<Tensor> = (0..12)
+        .map(|i| {
+            let param = params.normal(&i.to_string(), (8, WIDTH), 0.02).unwrap();
+            param.tensor().clone()
+        })
+        .collect();
+    let declare = || {
+        let mut prompts = VisualPrompts::new();
+        prompts.join_before_ln_pre(Tokens::Shared(deep[0].clone()));
+        for (block, tokens) in deep.iter().enumerate().skip(1) {
+            prompts.replace(block, Tokens::Shared(tokens.clone()));
+        }
+        prompts
+    };
+    group.bench_function("deep VPT, batch 4, 8 tokens, 12 blocks", |b| {
+        b.iter(|| {
+            let features = clip.image().encode_prompted(&pixels, &declare()).unwrap();
+            step(&clip, &features, &text, &params);
+        });
+    });
+    group.bench_function("the tower alone, batch 4", |b| {
+        b.iter(|| clip.image().encode(&pixels).unwrap());
+    });
+
+    // MaPLe's image half: 2 tokens in 9 blocks, each projected from the text side's.
+    let mut params = Params::new(1);
+    let text_side = params.normal("text", (9, 2, 512), 0.02).unwrap();
+    let projections: Vec<Affine> = (0..9)
+        .map(|i| Affine::new(&mut params, &i.to_string(), (WIDTH, 512)).unwrap())
+        .collect();
+    group.bench_function("MaPLe's image half, batch 4, 2 tokens, 9 blocks", |b| {
+        b.iter(|| {
+            let mut prompts = VisualPrompts::new();
+            for (block, projection) in projections.iter().enumerate() {
+                let own = text_side.tensor().i(block).unwrap();
+                let tokens = Tokens::Shared(projection.forward(&own).unwrap());
+                match block {
+                    0 => prompts.join_before_ln_pre(tokens),
+                    _ => prompts.replace(block, tokens),
+                }
+            }
+            let features = clip.image().encode_prompted(&pixels, &prompts).unwrap();
+            step(&clip, &features, &text, &params);
+        });
+    });
+
+    // VP: a learned frame of 30 pixels, fixed views whose patches are embedded beforehand.
+    let mut params = Params::new(1);
+    let frame = params.normal("frame", (1, 3, 224, 224), 1.0).unwrap();
+    let inside = Tensor::zeros((1, 3, 164, 164), candle_core::DType::F32, clip.device()).unwrap();
+    let inside = inside.pad_with_zeros(2, 30, 30).unwrap();
+    let mask = (inside.pad_with_zeros(3, 30, 30).unwrap() + 1.0).unwrap();
+    let views = normal(&[8, 3, 224, 224]).unwrap();
+    let patches = clip.image().patches(&views).unwrap();
+    group.bench_function("VP, batch 8", |b| {
+        b.iter(|| {
+            let frame = (frame.tensor() * &mask).unwrap();
+            let added = clip.image().patches(&frame).unwrap();
+            let patches = patches.broadcast_add(&added).unwrap();
+            let features = clip
+                .image()
+                .encode_prompted(&patches, &VisualPrompts::new());
+            step(&clip, &features.unwrap(), &text, &params);
+        });
+    });
+}
+
+criterion_group!(benches, one_thread, image_prompts);
+criterion_main!(benches);
