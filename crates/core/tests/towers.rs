@@ -247,13 +247,13 @@ fn half_storage_computes_with_the_rounded_weights() -> Result<()> {
 }
 
 #[test]
-fn a_gradient_through_the_convolutions_is_refused_not_dropped() -> Result<()> {
+fn a_gradient_through_hidden_states_is_refused_not_dropped() -> Result<()> {
     let clip = clip(resnet(), Activation::QuickGelu)?;
     let mut params = Params::new(0);
     let pixels = params.copied("pixels", &normal(5, &[1, 3, 64, 64], 1.0)?)?;
     let refused = clip
         .image()
-        .encode(pixels.tensor())
+        .last_stage(pixels.tensor())
         .unwrap_err()
         .to_string();
     assert!(refused.contains("no gradient"), "{refused}");
