@@ -5,9 +5,9 @@
 //! added in the order of the chunks, and then the prefixes go back. So the bits depend on the plan alone, not on the threads
 //! nor on what is kept.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
-use super::buffers::{Buffers, Cut};
+use super::buffers::Buffers;
 use super::chunk::{Pass, Results};
 use super::memory::{Part, Parts, Policy};
 use super::order::{AHEAD, in_order, in_order_into};
