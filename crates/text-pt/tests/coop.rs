@@ -131,7 +131,8 @@ fn the_gradient_agrees_with_finite_differences() -> Result<()> {
         let mut coop = Learned::<CoOp>::new(&config, &clip, &classes, 1)?;
         let start = (coop.params().tensors()?.remove(0).1 * 20.0)?;
         coop.params().load(&[("ctx".to_owned(), start)].into())?;
-        gradients_are_slopes(&mut coop, &clip, &classes, 4, 0.02)?;
+        let worst = worst_slope(&mut coop, &clip, &classes, 4, 0.02)?;
+        assert!(worst < 0.01, "{position:?}: {worst}");
     }
     Ok(())
 }

@@ -4,10 +4,10 @@ mod common;
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Device, IndexOp, Tensor};
+use candle_core::{DType, Device, IndexOp, Tensor, Var};
 use cliptune_core::checkpoint::TorchState;
 use cliptune_core::method::{Method, Predictor, Settings};
-use cliptune_core::{Clip, ImageBatch, Learned, Result, Run};
+use cliptune_core::{Clip, ImageBatch, Learned, Result, Run, ops};
 use cliptune_text_pt::kgcoop::{self, Distance};
 use cliptune_text_pt::{CoOpConfig, KgCoOp, KgCoOpConfig, ZeroShot, ZeroShotConfig};
 use common::*;
@@ -105,6 +105,26 @@ fn gradients_are_the_slopes_of_the_loss() -> Result<()> {
         method.params().load(&with(&method, "ctx", start)?)?;
         gradients_are_slopes(&mut method, &clip, &names, 3, 0.02)?;
     }
+    Ok(())
+}
+
+#[test]
+fn the_distance_pulls_a_feature_across_its_own_direction() -> Result<()> {
+    let feature = Var::from_tensor(&drawn(1, (5, 16))?)?;
+    let target = ops::unit_length(&drawn(2, (5, 16))?, "a target")?;
+    let unit = ops::unit_length(feature.as_tensor(), "a feature")?;
+    let gradients = ops::cosine_distance(&unit, &target)?.backward()?;
+    let gradient = gradients.get(feature.as_tensor()).expect("a gradient");
+    let along = (gradient * &unit)?
+        .sum(1)?
+        .abs()?
+        .max(0)?
+        .to_scalar::<f32>()?;
+    let size = gradient.abs()?.max_all()?.to_scalar::<f32>()?;
+    assert!(
+        size > 1e-3 && along < 1e-6,
+        "{along} {size}"
+    );
     Ok(())
 }
 
