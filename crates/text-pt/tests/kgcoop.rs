@@ -121,10 +121,7 @@ fn the_distance_pulls_a_feature_across_its_own_direction() -> Result<()> {
         .max(0)?
         .to_scalar::<f32>()?;
     let size = gradient.abs()?.max_all()?.to_scalar::<f32>()?;
-    assert!(
-        size > 1e-3 && along < 1e-6,
-        "{along} {size}"
-    );
+    assert!(size > 1e-3 && along < 1e-6, "{along} {size}");
     Ok(())
 }
 
