@@ -55,7 +55,10 @@ pub(crate) fn fit_time<'a>(runs: impl Iterator<Item = &'a Record>) -> String {
     let seconds = Stat::of(runs.filter(|r| r.run.shots > 0).map(|r| r.seconds.fit));
     seconds.map_or_else(
         || "–".to_owned(),
-        |seconds| format!("{:.1} s", seconds.mean),
+        |seconds| match seconds.mean {
+            short if short < 0.1 => format!("{short:.2} s"),
+            mean => format!("{mean:.1} s"),
+        },
     )
 }
 

@@ -8,7 +8,7 @@ const LEAST_HEIGHT: f64 = 250.0;
 const HEIGHT_OF_A_NAME: f64 = 14.0;
 const FEW_NAMES: usize = 7;
 const LEFT: f64 = 40.0;
-const RIGHT: f64 = 120.0;
+const RIGHT: f64 = 132.0;
 const TOP: f64 = 12.0;
 const BOTTOM: f64 = 40.0;
 /// Least distance of two lines of text.
