@@ -102,7 +102,7 @@ pub fn chosen<'a>(
             Err(Error::config("template", template, expected))
         }
         (Some(template), None) => Ok(Some(template)),
-        (None, Some(dataset)) => of_dataset(dataset).map(|sentence| Some(sentence)),
+        (None, Some(dataset)) => of_dataset(dataset).map(Some),
         (None, None) => Ok(None),
     }
 }

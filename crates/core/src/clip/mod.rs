@@ -129,7 +129,9 @@ impl Clip {
                 layers,
                 width,
                 patch_size,
-            } => Tower::Vit(Vit::load(&mut w, &arch, layers, width, patch_size)?),
+            } => Tower::Vit(Box::new(Vit::load(
+                &mut w, &arch, layers, width, patch_size,
+            )?)),
             VisionArch::ResNet { layers, width } => {
                 Tower::ResNet(Arc::new(ResNet::load(&mut w, &arch, layers, width)?))
             }
@@ -238,7 +240,7 @@ impl Clip {
 
 #[derive(Debug)]
 enum Tower {
-    Vit(Vit),
+    Vit(Box<Vit>),
     ResNet(Arc<ResNet>),
 }
 
