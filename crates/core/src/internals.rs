@@ -75,6 +75,7 @@ impl TextAttention {
                 first: 0,
                 rows,
                 sequences: (0..classes).map(sequence).collect(),
+                ..Chunk::default()
             },
             prefix: values(known * 3 * width),
             known,

@@ -122,7 +122,15 @@ impl Runner<'_> {
                 block.in_proj.apply_keys(normed, chunk.rows, now.qkv);
                 continue;
             }
-            block.in_proj.apply(normed, chunk.rows, now.qkv, threads);
+            if layer == 0 {
+                // Rows of the same input have the same queries, keys and values.
+                let (n, found) = (chunk.firsts.len(), &mut active[..3 * rows]);
+                gather(normed, &chunk.firsts, width, mixed);
+                block.in_proj.apply(mixed, n, found, threads);
+                gather(found, &chunk.twins, 3 * width, now.qkv);
+            } else {
+                block.in_proj.apply(normed, chunk.rows, now.qkv, threads);
+            }
             let n = asking.len();
             let (normed, mixed) = (&mut normed[..n * width], &mut mixed[..n * width]);
             self.attention(&pass, now.qkv, layer)

@@ -10,6 +10,7 @@
 //!
 //! A plan depends on the prompts alone, never on the machine.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 /// Rows of a chunk to aim at: its widest matrix then fits the second-level cache.
@@ -60,6 +61,10 @@ pub(crate) struct Chunk {
     pub(crate) first: usize,
     pub(crate) rows: usize,
     pub(crate) sequences: Vec<Sequence>,
+    /// Rows that are the first of the chunk to hold what they hold where they hold it: `.` at position 20, say.
+    pub(crate) firsts: Vec<u32>,
+    /// By row: which of `firsts` holds the same at the same position, so has the same input.
+    pub(crate) twins: Vec<u32>,
 }
 
 impl Chunk {
@@ -147,7 +152,7 @@ impl Plan {
             first: self.places.len(),
             ..Chunk::default()
         };
-        let mut done = 0;
+        let (mut done, mut firsts) = (0, HashMap::new());
         for part in parts {
             let before = chunk.sequences.last();
             let mut reads = before.map_or(Vec::new(), |s| s.reads[..part.shared].to_vec());
@@ -164,7 +169,15 @@ impl Plan {
             chunk.rows += len;
             self.places
                 .extend_from_slice(&prompts[part.prompt][own.clone()]);
-            self.positions.extend(own.map(|at| at as u32));
+            self.positions.extend(own.clone().map(|at| at as u32));
+            for (row, at) in (start as u32..).zip(own) {
+                let word = (prompts[part.prompt][at].row, at);
+                let first = *firsts.entry(word).or_insert_with(|| {
+                    chunk.firsts.push(row);
+                    chunk.firsts.len() as u32 - 1
+                });
+                chunk.twins.push(first);
+            }
             // Ends are taken at multiples of the aim, so that the chunks stay balanced to the last.
             done += part.added();
             if done >= aim * (packed.len() + 1) {
@@ -173,6 +186,7 @@ impl Plan {
                     ..Chunk::default()
                 };
                 packed.push(std::mem::replace(&mut chunk, next));
+                firsts.clear();
             }
         }
         if chunk.rows > 0 {
@@ -287,6 +301,8 @@ impl Division<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
     use proptest::prelude::*;
 
@@ -389,6 +405,16 @@ mod tests {
                 prop_assert_eq!(chunk.first, next);
                 prop_assert!(chunk.rows > 0);
                 prop_assert!(chunk.rows < 2 * chunk_rows + 9 + 9);
+                let input = |row: u32| {
+                    let row = chunk.first + row as usize;
+                    (plan.places[row], plan.positions[row])
+                };
+                prop_assert_eq!(chunk.twins.len(), chunk.rows);
+                for (row, &twin) in (0..).zip(&chunk.twins) {
+                    prop_assert_eq!(input(chunk.firsts[twin as usize]), input(row));
+                }
+                let different: HashSet<_> = chunk.firsts.iter().map(|&row| input(row)).collect();
+                prop_assert_eq!(different.len(), chunk.firsts.len());
                 next += chunk.rows;
             }
             prop_assert_eq!(next, plan.rows());
