@@ -8,6 +8,8 @@ pub fn methods() -> Vec<Entry> {
     [
         #[cfg(feature = "text-pt")]
         cliptune_text_pt::METHODS,
+        #[cfg(feature = "multimodal-pt")]
+        cliptune_multimodal_pt::METHODS,
     ]
     .concat()
 }

@@ -28,6 +28,17 @@ impl Affine {
         })
     }
 
+    /// A map that starts as a copy of another.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] if the name is taken.
+    pub fn copied(params: &mut Params, name: &str, other: &Self) -> Result<Self> {
+        Ok(Self {
+            weight: params.copied(&format!("{name}.weight"), other.weight.tensor())?,
+            bias: params.copied(&format!("{name}.bias"), other.bias.tensor())?,
+        })
+    }
+
     /// `(.., in)` → `(.., out)`.
     ///
     /// # Errors
@@ -130,6 +141,10 @@ mod tests {
         assert!(error.to_scalar::<f32>()? < 1e-4);
         assert!(map.forward(&x.reshape((4, 8))?).is_err());
         assert!(Affine::new(&mut params, "empty", (0, 16)).is_err());
+        let copy = Affine::copied(&mut params, "net.1", &map)?;
+        let (a, b) = (map.forward(&x)?, copy.forward(&x)?);
+        assert_eq!((a - b)?.abs()?.max_all()?.to_scalar::<f32>()?, 0.0);
+        assert!(Affine::copied(&mut params, "net.1", &map).is_err());
         Ok(())
     }
     #[test]

@@ -5,6 +5,7 @@ mod check;
 mod clip_cases;
 mod cocoop;
 mod kgcoop;
+mod multimodal_pt;
 mod objective;
 mod plot;
 mod preprocess;
@@ -56,6 +57,9 @@ fn runner(slug: &str, name: &str) -> Option<Runner> {
         ("prograd", _) => prograd::run,
         ("plot", _) => plot::run,
         ("subpt", _) => subpt::run,
+        ("maple", _) => multimodal_pt::maple,
+        ("ivlp", _) => multimodal_pt::ivlp,
+        ("deep-vpt", _) => multimodal_pt::deep_vpt,
         _ => return None,
     })
 }
