@@ -317,8 +317,24 @@ struct Job<'a> {
 }
 
 thread_local! {
+    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch::new()) };
+}
+
+/// What a thread copies to, kept for its next product.
+struct Scratch {
     /// A block of depth of the rows that are being multiplied.
-    static ROWS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    rows: Vec<f32>,
+    /// A block of depth of a panel that is held in 16 bits.
+    panel: Vec<f32>,
+}
+
+impl Scratch {
+    const fn new() -> Self {
+        Self {
+            rows: Vec::new(),
+            panel: Vec::new(),
+        }
+    }
 }
 
 /// Adds the product to the output with the widest vectors that the processor has.
@@ -326,23 +342,23 @@ thread_local! {
 /// # Safety
 /// [`Job::out`] must be what it says.
 unsafe fn run<T: Element>(job: Job<'_>, panels: &[T]) {
-    ROWS.with_borrow_mut(|rows| {
+    SCRATCH.with_borrow_mut(|scratch| {
         #[cfg(target_arch = "x86_64")]
         {
             if std::arch::is_x86_feature_detected!("avx512f") {
                 // SAFETY: the feature is there.
-                return unsafe { x86::run_avx512(job, panels, rows) };
+                return unsafe { x86::run_avx512(job, panels, scratch) };
             }
             if std::arch::is_x86_feature_detected!("avx2")
                 && std::arch::is_x86_feature_detected!("fma")
                 && std::arch::is_x86_feature_detected!("f16c")
             {
                 // SAFETY: the features are there.
-                return unsafe { x86::run_avx2(job, panels, rows) };
+                return unsafe { x86::run_avx2(job, panels, scratch) };
             }
         }
         // SAFETY: plain arrays need no feature.
-        unsafe { walk::<Plain, T, 4>(job, panels, rows) }
+        unsafe { walk::<Plain, T, 4>(job, panels, scratch) }
     });
 }
 
@@ -363,12 +379,17 @@ trait Lanes: Copy {
 
 /// A number type of panels.
 trait Element: Copy {
+    /// Whether loading takes more than moving.
+    const NARROW: bool;
+
     /// # Safety
     /// As for [`Lanes`].
     unsafe fn load<L: Lanes>(from: *const Self) -> L;
 }
 
 impl Element for f32 {
+    const NARROW: bool = false;
+
     #[inline(always)]
     unsafe fn load<L: Lanes>(from: *const Self) -> L {
         // SAFETY: handed on.
@@ -377,6 +398,8 @@ impl Element for f32 {
 }
 
 impl Element for f16 {
+    const NARROW: bool = true;
+
     #[inline(always)]
     unsafe fn load<L: Lanes>(from: *const Self) -> L {
         // SAFETY: handed on.
@@ -385,6 +408,8 @@ impl Element for f16 {
 }
 
 impl Element for bf16 {
+    const NARROW: bool = true;
+
     #[inline(always)]
     unsafe fn load<L: Lanes>(from: *const Self) -> L {
         // SAFETY: handed on.
@@ -394,13 +419,16 @@ impl Element for bf16 {
 
 /// All tiles, block of depth by block of depth.
 ///
-/// Rows that lie whole pages apart would fall into the same sets of the first cache: a block of them is copied.
+/// Rows that lie whole pages apart would fall into the same sets of the first cache: a block of them is copied. A block of a
+/// panel held in 16 bits is widened once for all tiles that meet it: a processor that widens slowly (Zen 1) would else spend a
+/// quarter of its time on that.
 #[inline(always)]
 unsafe fn walk<L: Lanes, T: Element, const TALLEST: usize>(
     job: Job<'_>,
     panels: &[T],
-    rows: &mut Vec<f32>,
+    scratch: &mut Scratch,
 ) {
+    let Scratch { rows, panel: wide } = scratch;
     let (m, k) = (job.m, job.k);
     let copied = job.a_pitch.is_multiple_of(1024);
     let pitch = if copied { DEPTH + LANES } else { job.a_pitch };
@@ -409,6 +437,10 @@ unsafe fn walk<L: Lanes, T: Element, const TALLEST: usize>(
     }
     // Tiles of nearly equal height: a low one cannot hide the latency of its sums.
     let tiles = m.div_ceil(TALLEST);
+    let widened = T::NARROW && tiles > 1;
+    if widened {
+        wide.resize((DEPTH * LANES).max(wide.len()), 0.0);
+    }
     let mut start = 0;
     while start < k {
         let depth = DEPTH.min(k - start);
@@ -426,30 +458,71 @@ unsafe fn walk<L: Lanes, T: Element, const TALLEST: usize>(
             false => &job.a[start..],
         };
         for first in job.columns.clone().step_by(LANES) {
-            let panel = panels[first * k + start * LANES..][..depth * LANES].as_ptr();
-            let columns = LANES.min(job.columns.end - first);
-            let mut row = 0;
-            for tile in 0..tiles {
-                let height = m * (tile + 1) / tiles - row;
-                let a = &a[row * pitch..][..(height - 1) * pitch + depth];
-                // SAFETY: `height` rows of the output from `row` on, these columns of it; the rest is checked by the slices.
-                unsafe {
-                    let out = job.out.add(row * job.pitch + first - job.columns.start);
-                    let part = Tile {
-                        a: a.as_ptr(),
-                        a_pitch: pitch,
-                        panel,
-                        depth,
-                        out,
-                        pitch: job.pitch,
-                        columns,
-                    };
-                    part.add::<L, TALLEST>(height);
+            let panel = &panels[first * k + start * LANES..][..depth * LANES];
+            let strip = Strip {
+                job: &job,
+                a,
+                a_pitch: pitch,
+                first,
+                tiles,
+            };
+            // SAFETY: the caller has the instruction set; slices of sixteen elements.
+            unsafe {
+                if widened {
+                    let wide = &mut wide[..depth * LANES];
+                    let pairs = wide.chunks_exact_mut(LANES).zip(panel.chunks_exact(LANES));
+                    for (to, from) in pairs {
+                        T::load::<L>(from.as_ptr()).store(to.as_mut_ptr());
+                    }
+                    strip.add::<L, f32, TALLEST>(wide);
+                } else {
+                    strip.add::<L, T, TALLEST>(panel);
                 }
-                row += height;
             }
         }
         start += depth;
+    }
+}
+
+/// The columns of a panel in all rows of the output.
+struct Strip<'a> {
+    job: &'a Job<'a>,
+    /// All rows of the other operand, from the block of depth on.
+    a: &'a [f32],
+    a_pitch: usize,
+    /// The panel's first column.
+    first: usize,
+    tiles: usize,
+}
+
+impl Strip<'_> {
+    /// Adds the product with a block of depth of the panel, tile by tile.
+    #[inline(always)]
+    unsafe fn add<L: Lanes, T: Element, const TALLEST: usize>(&self, panel: &[T]) {
+        let (job, depth) = (self.job, panel.len() / LANES);
+        let columns = LANES.min(job.columns.end - self.first);
+        let mut row = 0;
+        for tile in 0..self.tiles {
+            let height = job.m * (tile + 1) / self.tiles - row;
+            let a = &self.a[row * self.a_pitch..][..(height - 1) * self.a_pitch + depth];
+            // SAFETY: `height` rows of the output from `row` on, these columns of it; the rest is checked by the slices.
+            unsafe {
+                let out = job
+                    .out
+                    .add(row * job.pitch + self.first - job.columns.start);
+                let part = Tile {
+                    a: a.as_ptr(),
+                    a_pitch: self.a_pitch,
+                    panel: panel.as_ptr(),
+                    depth,
+                    out,
+                    pitch: job.pitch,
+                    columns,
+                };
+                part.add::<L, TALLEST>(height);
+            }
+            row += height;
+        }
     }
 }
 
@@ -569,22 +642,22 @@ mod x86 {
 
     use half::{bf16, f16};
 
-    use super::{Element, Job, Lanes, walk};
+    use super::{Element, Job, Lanes, Scratch, walk};
 
     /// # Safety
     /// Needs AVX2, FMA and F16C.
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) unsafe fn run_avx2<T: Element>(job: Job<'_>, panels: &[T], rows: &mut Vec<f32>) {
+    pub(super) unsafe fn run_avx2<T: Element>(job: Job<'_>, panels: &[T], scratch: &mut Scratch) {
         // SAFETY: the features are those of this function.
-        unsafe { walk::<Avx2, T, 6>(job, panels, rows) }
+        unsafe { walk::<Avx2, T, 6>(job, panels, scratch) }
     }
 
     /// # Safety
     /// Needs AVX-512F.
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn run_avx512<T: Element>(job: Job<'_>, panels: &[T], rows: &mut Vec<f32>) {
+    pub(super) unsafe fn run_avx512<T: Element>(job: Job<'_>, panels: &[T], scratch: &mut Scratch) {
         // SAFETY: the feature is that of this function.
-        unsafe { walk::<Avx512, T, 12>(job, panels, rows) }
+        unsafe { walk::<Avx512, T, 12>(job, panels, scratch) }
     }
 
     #[derive(Clone, Copy)]
