@@ -112,6 +112,15 @@ pub trait Classifier {
     /// # Errors
     /// If the images are not in the form that [`Predictor::needs`] asks for.
     fn logits(&self, images: &ImageBatch) -> Result<Tensor>;
+
+    /// Where the class token of the prompted image tower looks, `(batch, grid, grid)`, as
+    /// [`crate::clip::ImageTower::class_attention`]; none where the image tower is as it was.
+    ///
+    /// # Errors
+    /// As [`Classifier::logits`].
+    fn class_attention(&self, _: &ImageBatch) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
 }
 
 /// A classifier that compares image features with one fixed feature per class.

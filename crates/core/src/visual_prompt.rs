@@ -169,6 +169,14 @@ impl VisualPrompts {
         self.norms = Some(norms);
     }
 
+    /// What is declared for blocks below `block`.
+    pub(crate) fn below(&self, block: usize) -> Self {
+        let mut below = self.clone();
+        below.joins.retain(|join| join.block < block);
+        below.replaced.retain(|replaced| *replaced < block);
+        below
+    }
+
     /// Number of sets, if any tokens come in sets.
     fn sets(&self) -> Result<Option<usize>> {
         let mut sets = None;

@@ -230,4 +230,11 @@ impl Classifier for PromptedClassifier<'_> {
             .encode_prompted(images.pixels()?, &self.prompts)?;
         self.clip.unit_logits(&images, &self.text_features)
     }
+
+    fn class_attention(&self, images: &ImageBatch) -> Result<Option<Tensor>> {
+        let image = self.clip.image();
+        Ok(Some(
+            image.class_attention(images.pixels()?, &self.prompts)?,
+        ))
+    }
 }

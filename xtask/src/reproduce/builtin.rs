@@ -27,6 +27,18 @@ const TEST_SEED: u64 = 2_002;
 pub(crate) const SHIFT_FROM: &str = "shape";
 /// Tasks of the few-shot curves: those on which a few pictures teach more than the words know.
 pub(crate) const FEW_SHOT: &[&str] = &["variety-rotated", "small", "texture", "mixed"];
+/// The task that cross-dataset learns from, and those of other classes that it is measured on.
+pub(crate) const CROSS_FROM: &str = "small";
+pub(crate) const CROSS_TO: &[&str] = &[
+    "variety-rotated",
+    "color",
+    "pattern",
+    "count",
+    "kind",
+    "style",
+];
+/// The task of which every training picture is shown.
+pub(crate) const SUPERVISED: &[&str] = &["variety-rotated"];
 /// Tasks of base-to-new.
 pub(crate) const BASE_TO_NEW: &[&str] = &["variety-rotated", "shape-rotated", "shape"];
 

@@ -15,6 +15,9 @@ const PICTURES: usize = 3200;
 /// Fewest epochs on the built-in benchmark: the first warms up at a rate of 1e-5, so fewer would learn next to nothing.
 const EPOCHS: usize = 4;
 
+/// Methods whose authors train on whole training sets rather than a few pictures of each class.
+const SUPERVISED: &[&str] = &["vp"];
+
 /// Passes over the training pictures on the built-in benchmark: the method's own number, or CoOp's by shots (Sec. 4.1), as far
 /// as [`STEPS`] allows, and [`PICTURES`] for a method that reads pixels.
 fn epochs(drawn: Drawn, batch_size: usize, own: Option<usize>, needs: ImageNeeds) -> usize {
@@ -80,6 +83,11 @@ impl Contestant {
     /// Whether nothing is learned, so that neither shots nor seed matter.
     pub(crate) fn is_fixed(&self) -> bool {
         self.entry.learns == "nothing"
+    }
+
+    /// Whether it takes part where all training pictures are shown.
+    pub(crate) fn is_supervised(&self) -> bool {
+        SUPERVISED.contains(&self.entry.slug)
     }
 
     /// All settings for a task whose hand-written sentence is `template`; `drawn` for a built-in one.

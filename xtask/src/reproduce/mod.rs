@@ -49,13 +49,13 @@ pub(crate) struct Args {
     /// Methods, as `cliptune list` prints them [default: all]
     #[arg(long, value_delimiter = ',', value_name = "A,B")]
     methods: Vec<String>,
-    /// few-shot, base-to-new, domain-shift [default: all that the data allow]
+    /// few-shot, base-to-new, cross-dataset, domain-shift, supervised [default: all that the data allow]
     #[arg(long, value_delimiter = ',', value_name = "A,B")]
     protocols: Vec<String>,
     /// Tasks of the built-in benchmark [default: those with something to learn; zero-shot on all]
     #[arg(long, value_delimiter = ',', value_name = "A,B")]
     tasks: Vec<String>,
-    /// Training pictures a class; base-to-new and domain-shift take the largest
+    /// Training pictures a class; all protocols but few-shot take the largest, supervised takes what there is
     #[arg(
         long,
         value_delimiter = ',',

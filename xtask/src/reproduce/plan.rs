@@ -132,6 +132,7 @@ impl Part<'_> {
                 shots.dedup();
                 shots
             }
+            Protocol::Supervised => vec![builtin::POOL],
             _ => vec![largest],
         };
         for task in self.known {
@@ -168,8 +169,18 @@ impl Part<'_> {
             Protocol::BaseToNew => {
                 task.n_cls >= 4 && contestant.serves_new_classes && wanted(builtin::BASE_TO_NEW)
             }
+            Protocol::CrossDataset => {
+                builtin
+                    && task.slug == builtin::CROSS_FROM
+                    && contestant.serves_new_classes
+                    && wanted(&[builtin::CROSS_FROM])
+            }
             Protocol::DomainShift => {
                 builtin && task.slug == builtin::SHIFT_FROM && wanted(&[builtin::SHIFT_FROM])
+            }
+            Protocol::Supervised => {
+                let takes_part = contestant.is_fixed() || contestant.is_supervised();
+                builtin && takes_part && wanted(builtin::SUPERVISED)
             }
         }
     }
@@ -180,15 +191,12 @@ impl Part<'_> {
             Protocol::BaseToNew => {
                 "needs a task of at least 4 classes and a method that serves new classes".to_owned()
             }
-            Protocol::DomainShift => match self.source {
-                Source::BuiltIn { .. } => {
-                    format!(
-                        "starts from the task `{}`; add it to --tasks",
-                        builtin::SHIFT_FROM
-                    )
-                }
-                Source::DataSet { .. } => "is there for the built-in tasks only".to_owned(),
-            },
+            _ if matches!(self.source, Source::DataSet { .. }) => {
+                "is there for the built-in tasks only".to_owned()
+            }
+            Protocol::Supervised => "there is no task".to_owned(),
+            Protocol::CrossDataset => starts_from(builtin::CROSS_FROM),
+            Protocol::DomainShift => starts_from(builtin::SHIFT_FROM),
         }
     }
 
@@ -217,11 +225,18 @@ impl Part<'_> {
             contestant: contestant.clone(),
             task: task.clone(),
             also_on: match self.protocol {
+                Protocol::CrossDataset => {
+                    builtin::CROSS_TO.iter().map(ToString::to_string).collect()
+                }
                 Protocol::DomainShift => builtin::shifted(&task.slug),
                 _ => Vec::new(),
             },
         })
     }
+}
+
+fn starts_from(task: &str) -> String {
+    format!("starts from the task `{task}`; add it to --tasks")
 }
 
 #[cfg(test)]
@@ -271,10 +286,26 @@ mod tests {
             ),
             (1, 6)
         );
-        let shift = runs
-            .iter()
-            .find(|run| run.key.protocol == Protocol::DomainShift);
-        assert!(shift.is_some_and(|run| run.also_on.len() > 1));
+        // Neither do they name the classes of another task.
+        assert_eq!(
+            (
+                of(Protocol::CrossDataset, true),
+                of(Protocol::CrossDataset, false)
+            ),
+            (1, 3)
+        );
+        for protocol in [Protocol::CrossDataset, Protocol::DomainShift] {
+            let first = runs.iter().find(|run| run.key.protocol == protocol);
+            assert!(first.is_some_and(|run| run.also_on.len() > 1));
+        }
+        // CoOp is not a method that its authors train on whole training sets.
+        assert_eq!(
+            (
+                of(Protocol::Supervised, true),
+                of(Protocol::Supervised, false)
+            ),
+            (1, 0)
+        );
         let mut folders: Vec<_> = runs.iter().map(|run| run.key.folder()).collect();
         folders.sort();
         folders.dedup();
@@ -288,7 +319,9 @@ mod tests {
         let defaults = [
             builtin::FEW_SHOT,
             builtin::BASE_TO_NEW,
-            &[builtin::SHIFT_FROM],
+            &[builtin::CROSS_FROM, builtin::SHIFT_FROM],
+            builtin::CROSS_TO,
+            builtin::SUPERVISED,
         ]
         .concat();
         for task in defaults {

@@ -38,19 +38,31 @@ pub(crate) enum Protocol {
     FewShot,
     /// Trained on the first half of the classes; measured on both halves.
     BaseToNew,
+    /// Trained on one task; measured on others, whose classes training never named.
+    CrossDataset,
     /// Trained on pictures in the usual style; measured in other styles.
     DomainShift,
+    /// Trained on every training picture there is; measured on others of the same classes.
+    Supervised,
 }
 
 impl Protocol {
-    pub(crate) const ALL: [Self; 3] = [Self::FewShot, Self::BaseToNew, Self::DomainShift];
+    pub(crate) const ALL: [Self; 5] = [
+        Self::FewShot,
+        Self::BaseToNew,
+        Self::CrossDataset,
+        Self::DomainShift,
+        Self::Supervised,
+    ];
 
     /// Its name on the command line and in folders.
     pub(crate) fn slug(self) -> &'static str {
         match self {
             Self::FewShot => "few-shot",
             Self::BaseToNew => "base-to-new",
+            Self::CrossDataset => "cross-dataset",
             Self::DomainShift => "domain-shift",
+            Self::Supervised => "supervised",
         }
     }
 }
@@ -141,7 +153,7 @@ pub(crate) struct Record {
     pub(crate) learned: usize,
     /// Loss by epoch, if there was a training.
     pub(crate) training: Option<History>,
-    /// What was measured: one for few shots; base and new; one for each style.
+    /// What was measured: one for pictures of the classes trained on; base and new; one for each further task.
     pub(crate) tests: Vec<Measured>,
 }
 
@@ -221,6 +233,18 @@ pub(crate) struct Sample {
     pub(crate) predicted: u32,
     /// Softmax of the logits at the prediction.
     pub(crate) probability: f64,
+    /// Where the class token looks, if the method learned something in the image tower.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) attention: Option<Attention>,
+}
+
+/// The share of each patch in what the class token looks at, line by line over a square grid.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Attention {
+    /// In CLIP as it is.
+    pub(crate) before: Vec<f32>,
+    /// With what was learned.
+    pub(crate) after: Vec<f32>,
 }
 
 /// What became of a result file.
@@ -290,8 +314,8 @@ impl Record {
         Some(harmonic_mean(self.accuracy("base")?, self.accuracy("new")?))
     }
 
-    /// Mean accuracy over the styles that were not trained on.
-    pub(crate) fn shifted(&self) -> Option<f64> {
+    /// Mean accuracy over the styles or tasks that were not trained on.
+    pub(crate) fn elsewhere(&self) -> Option<f64> {
         let others: Vec<f64> = self
             .tests
             .iter()
@@ -333,6 +357,16 @@ impl Measured {
                 self.name,
                 self.accuracy
             );
+        }
+        let square = |map: &Vec<f32>| {
+            map.len().isqrt().pow(2) == map.len()
+                && map.iter().all(|share| (0.0..=1.0).contains(share))
+        };
+        let maps = self.samples.iter().filter_map(|s| s.attention.as_ref());
+        for map in maps {
+            if !square(&map.before) || !square(&map.after) {
+                bail!("`{}`: a map of attention is not one", self.name);
+            }
         }
         let known = |label: u32| (label as usize) < n;
         if !self

@@ -9,7 +9,9 @@ pub(crate) fn text(results: &Results) -> String {
         taught(results),
         by_shots(results),
         base_to_new(results),
-        domain_shift(results),
+        elsewhere(results, Protocol::CrossDataset),
+        elsewhere(results, Protocol::DomainShift),
+        supervised(results),
         zero_shot(results),
         legend(results),
     ];
@@ -32,19 +34,9 @@ fn taught(results: &Results) -> String {
     for task in results.learned_tasks() {
         for who in results.who(Protocol::FewShot, task) {
             let runs = results.best_taught(Protocol::FewShot, task, &who);
-            let Some(first) = runs.clone().next() else {
-                continue;
-            };
-            let accuracy = Stat::of(runs.clone().filter_map(|r| r.accuracy("test")));
-            table.row([
-                task.to_owned(),
-                who.label.clone(),
-                first.run.shots.to_string(),
-                shown(accuracy),
-                thousands(first.learned),
-                fit_time(runs.clone()),
-                memory(runs),
-            ]);
+            if let Some(row) = cost_row(task, &who, runs) {
+                table.row(row);
+            }
         }
     }
     table.titled("Few-shot: accuracy and cost")
@@ -140,40 +132,87 @@ fn base_to_new(results: &Results) -> String {
     text
 }
 
-fn domain_shift(results: &Results) -> String {
+/// One task learned from, measured in other styles or on other tasks.
+fn elsewhere(results: &Results, protocol: Protocol) -> String {
     let mut parts = String::new();
-    for task in results.tasks(Protocol::DomainShift) {
-        let Some(first) = results.of(Protocol::DomainShift, task).next() else {
+    for task in results.tasks(protocol) {
+        let Some(first) = results.of(protocol, task).next() else {
             continue;
         };
         let names: Vec<&str> = first.tests.iter().map(|test| test.name.as_str()).collect();
         let mut heading = vec!["method"];
         heading.extend(names.iter().map(|name| style(name, task)));
-        heading.push("mean of styles");
+        heading.push("mean of others");
         let mut table = Table::new(&heading, 1);
-        for who in results.who(Protocol::DomainShift, task) {
-            let runs = results.best_taught(Protocol::DomainShift, task, &who);
+        for who in results.who(protocol, task) {
+            let runs = results.best_taught(protocol, task, &who);
             let mut row = vec![who.label.clone()];
             row.extend(
                 names
                     .iter()
                     .map(|name| shown(Stat::of(runs.clone().filter_map(|r| r.accuracy(name))))),
             );
-            row.push(shown(Stat::of(runs.filter_map(Record::shifted))));
+            row.push(shown(Stat::of(runs.filter_map(Record::elsewhere))));
             table.row(row);
         }
-        parts.push_str(&table.titled(&format!(
-            "Domain shift: learned on {task}, measured in other styles, %"
-        )));
+        parts.push_str(&table.titled(&match protocol {
+            Protocol::CrossDataset => {
+                format!("Cross-dataset: learned on {task}, measured on tasks of other classes, %")
+            }
+            _ => format!("Domain shift: learned on {task}, measured in other styles, %"),
+        }));
     }
     parts
 }
 
-/// `sketch` of `shape-sketch`.
+/// `sketch` of `shape-sketch`; a task of another name is called by it.
 pub(crate) fn style<'a>(name: &'a str, task: &str) -> &'a str {
-    name.strip_prefix(task)
-        .and_then(|rest| rest.strip_prefix('-'))
-        .unwrap_or("as learned")
+    match name.strip_prefix(task) {
+        Some("") => "as learned",
+        Some(rest) => rest.strip_prefix('-').unwrap_or(name),
+        None => name,
+    }
+}
+
+/// Accuracy and cost where every training picture was shown.
+fn supervised(results: &Results) -> String {
+    let heading = [
+        "task",
+        "method",
+        "pictures a class",
+        "accuracy, %",
+        "learned numbers",
+        "fit",
+        "peak memory",
+    ];
+    let mut table = Table::new(&heading, 2);
+    for task in results.tasks(Protocol::Supervised) {
+        for who in results.who(Protocol::Supervised, task) {
+            let runs = results.best_taught(Protocol::Supervised, task, &who);
+            if let Some(row) = cost_row(task, &who, runs) {
+                table.row(row);
+            }
+        }
+    }
+    table.titled("Supervised: learned from every training picture")
+}
+
+/// A contestant's accuracy on a task and what it cost.
+fn cost_row<'a>(
+    task: &str,
+    who: &Who,
+    runs: impl Iterator<Item = &'a Record> + Clone,
+) -> Option<[String; 7]> {
+    let first = runs.clone().next()?;
+    Some([
+        task.to_owned(),
+        who.label.clone(),
+        first.run.shots.to_string(),
+        shown(Stat::of(runs.clone().filter_map(|r| r.accuracy("test")))),
+        thousands(first.learned),
+        fit_time(runs.clone()),
+        memory(runs),
+    ])
 }
 
 /// What CLIP knows without learning.
@@ -298,5 +337,18 @@ impl Table {
             text.push('\n');
         }
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::style;
+
+    #[test]
+    fn a_style_is_called_by_what_it_adds_and_another_task_by_its_name() {
+        assert_eq!(style("shape", "shape"), "as learned");
+        assert_eq!(style("shape-sketch", "shape"), "sketch");
+        assert_eq!(style("color", "small"), "color");
+        assert_eq!(style("shapes", "shape"), "shapes");
     }
 }

@@ -7,10 +7,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use candle_core::Tensor;
 use cliptune::data::{CachedFeatures, ClassSubset, Confusion, FewShot, metrics};
 use cliptune::method::{ClipId, Predictor, Task as MethodData};
 use cliptune::task::{ImageBatch, Test};
 use cliptune::train::{self, EVALUATION_BATCH, Recipe};
+use cliptune::visual_prompt::VisualPrompts;
 use cliptune::{Classes, Clip, ImageNeeds, ImageSource, Labelled, Run, Split, View, ops, registry};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -18,8 +20,8 @@ use serde_json::Value;
 use super::added;
 use super::folder::{FEATURES, PICTURES};
 use super::record::{
-    DataNote, FORMAT, Machine, Measured, Protocol, Record, Revision, RunKey, Sample, Seconds,
-    TaskNote,
+    Attention, DataNote, FORMAT, Machine, Measured, Protocol, Record, Revision, RunKey, Sample,
+    Seconds, TaskNote,
 };
 use super::tasks::Source;
 
@@ -155,7 +157,7 @@ impl Job {
             classes: drawn.labelled.classes.clone(),
         };
         Ok(match self.key.protocol {
-            Protocol::FewShot => {
+            Protocol::FewShot | Protocol::Supervised => {
                 let tests = vec![test("test", &self.task.title, task, &drawn)];
                 (drawn.labelled, tests)
             }
@@ -168,7 +170,7 @@ impl Job {
                 ];
                 (base.labelled, tests)
             }
-            Protocol::DomainShift => {
+            Protocol::CrossDataset | Protocol::DomainShift => {
                 let mut tests = vec![test(task, &self.task.title, task, &drawn)];
                 for (slug, title) in &self.also_on {
                     let other = self.source.open(slug)?.few_shot(0, self.key.seed)?;
@@ -278,7 +280,16 @@ impl TestSet {
             confusion.add(&classifier.logits(&images(batch)?)?, &of(batch))?;
         }
         let shown: Vec<usize> = sample_positions(labels.len()).collect();
-        let logits = classifier.logits(&images(&shown)?)?;
+        let pictures = images(&shown)?;
+        let logits = classifier.logits(&pictures)?;
+        let maps = match classifier.class_attention(&pictures)? {
+            None => Vec::new(),
+            Some(after) => {
+                let plain = VisualPrompts::new();
+                let before = clip.image().class_attention(pictures.pixels()?, &plain)?;
+                maps(&before, &after)?
+            }
+        };
         Ok(Measured {
             name: self.name.clone(),
             title: self.title.clone(),
@@ -288,7 +299,7 @@ impl TestSet {
             accuracy: confusion.accuracy()?,
             per_class: confusion.per_class_accuracy(),
             confusion: confusion.matrix(),
-            samples: self.samples(&shown, &of(&shown), &ops::softmax(&logits)?)?,
+            samples: self.samples(&shown, &of(&shown), &ops::softmax(&logits)?, maps)?,
         })
     }
 
@@ -296,10 +307,13 @@ impl TestSet {
         &self,
         shown: &[usize],
         labels: &[u32],
-        probabilities: &candle_core::Tensor,
+        probabilities: &Tensor,
+        maps: Vec<Attention>,
     ) -> Result<Vec<Sample>> {
         let best = metrics::top_k(probabilities, 1)?;
+        let mut maps = maps.into_iter();
         let each = |((position, label), best): ((&usize, &u32), Vec<(u32, f32)>)| {
+            let attention = maps.next();
             let (item, _) = self.split.items().get(*position)?;
             let (predicted, probability) = best.first().copied()?;
             Some(Sample {
@@ -307,6 +321,7 @@ impl TestSet {
                 label: *label,
                 predicted,
                 probability: f64::from(probability),
+                attention,
             })
         };
         Ok(shown
@@ -316,6 +331,15 @@ impl TestSet {
             .filter_map(each)
             .collect())
     }
+}
+
+/// Each picture's part of two maps `(pictures, grid, grid)`.
+fn maps(before: &Tensor, after: &Tensor) -> Result<Vec<Attention>> {
+    let (before, after) = (before.flatten_from(1)?, after.flatten_from(1)?);
+    let pairs = before.to_vec2()?.into_iter().zip(after.to_vec2()?);
+    Ok(pairs
+        .map(|(before, after)| Attention { before, after })
+        .collect())
 }
 
 /// The largest resident memory of this process so far, bytes.

@@ -236,6 +236,22 @@ impl Block {
         self.mlp(&(own + self.out_proj.forward(&mixed)?)?)
     }
 
+    /// What share of its attention to the other tokens the class token gives each of them, the mean over heads:
+    /// `(batch, tokens, width)` → `(batch, tokens − 1)`, rows that sum to 1.
+    pub(crate) fn class_attention(&self, x: &Tensor) -> Result<Tensor> {
+        let (batch, tokens, width) = x.dims3()?;
+        let size = width / self.heads;
+        let qkv = self.in_proj.forward(&self.ln_1.forward(x)?)?;
+        let part = |part: usize, first: usize, n: usize| -> Result<Tensor> {
+            let rows = qkv.narrow(2, part * width, width)?.narrow(1, first, n)?;
+            let by_head = rows.reshape((batch, n, self.heads, size))?;
+            Ok(by_head.transpose(1, 2)?.contiguous()?)
+        };
+        let (query, keys) = (part(0, 0, 1)?, part(1, 1, tokens - 1)?);
+        let scores = (query.matmul(&keys.t()?)? / (size as f64).sqrt())?;
+        Ok(ops::softmax(&scores)?.mean(1)?.squeeze(1)?)
+    }
+
     fn mlp(&self, x: &Tensor) -> Result<Tensor> {
         let hidden = self.c_fc.forward(&self.ln_2.forward(x)?)?;
         let hidden = ops::activation(&hidden, self.activation)?;

@@ -148,6 +148,23 @@ impl ImageTower {
         self.features_of(&x, sets, false)
     }
 
+    /// Where the class token looks in the last block, `(batch, grid, grid)`: the share that each patch has of its attention to
+    /// patches, the mean over heads; an image's shares sum to 1. Prompts take attention from all patches alike, so what they
+    /// take in the last block itself does not show here. No gradients.
+    ///
+    /// # Errors
+    /// As [`ImageTower::prompted_tokens`]; a tower of one block has no block to come before the last.
+    pub fn class_attention(&self, images: &Tensor, prompts: &VisualPrompts) -> Result<Tensor> {
+        let (vit, sizes) = (self.frozen()?.vit, self.frozen()?.sizes());
+        let last = sizes.blocks.saturating_sub(1);
+        check_border(last, &sizes)?;
+        let below = prompts.below(last);
+        let tokens = self.prompted_tokens(images, last, &below)?.detach();
+        let shares = vit.blocks[last].class_attention(&tokens)?;
+        let grid = (sizes.tokens - 1).isqrt();
+        Ok(shares.reshape((shares.dim(0)?, grid, grid))?)
+    }
+
     /// What [`ImageTower::encode_prompted`] of so many images and its way back take, known before anything runs; where no
     /// gradient is tracked, a forward pass. Patches are taken to be without a gradient.
     ///

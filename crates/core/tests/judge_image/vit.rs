@@ -1,7 +1,7 @@
 //! The vision transformer with visual prompts.
 
-use crate::plain::{Plain, Tensors, block, error, layer_norm};
-use candle_core::{Device, IndexOp, Tensor, Var};
+use crate::plain::{Plain, Tensors, block, error, layer_norm, linear};
+use candle_core::{DType, Device, IndexOp, Tensor, Var};
 use cliptune_core::checkpoint::random;
 use cliptune_core::clip::Policy;
 use cliptune_core::rng::Rng;
@@ -588,6 +588,41 @@ fn a_tower_in_two_stretches_is_the_same_tower() -> cliptune_core::Result<()> {
     for run in &results[1..] {
         assert_eq!(bits(&all(run)), bits(&all(&results[0])));
     }
+    Ok(())
+}
+
+/// The map of the class token is the softmax over patches of the plain tower's last scores, whatever prompts stand there.
+#[test]
+fn the_class_token_looks_where_it_does_in_the_plain_tower() -> cliptune_core::Result<()> {
+    let arch = arch(3 * PATCH, 128, 2, Activation::QuickGelu);
+    let checkpoint = random(&arch, 6)?;
+    let w = checkpoint.tensors.clone();
+    let clip = Clip::from_checkpoint(checkpoint, Storage::F32)?;
+    let mut rng = Rng::stream(6, "look", &[]);
+    let pixels = drawn(&mut rng, &[2, 3, 3 * PATCH, 3 * PATCH], 1.0)?;
+    let mut prompts = VisualPrompts::new();
+    prompts.join(0, Tokens::Shared(drawn(&mut rng, &[2, 128], 0.5)?));
+    let mut deeper = prompts.clone();
+    deeper.replace(1, Tokens::Shared(drawn(&mut rng, &[3, 128], 0.5)?));
+    let map = clip.image().class_attention(&pixels, &prompts)?;
+    assert_eq!(map.dims(), [2, 3, 3]);
+
+    let x = clip.image().prompted_tokens(&pixels, 1, &prompts)?;
+    let normed = layer_norm(&w, "visual.transformer.resblocks.1.ln_1", &x)?;
+    let name = "visual.transformer.resblocks.1.attn.";
+    let qkv = linear(&w, name, "in_proj_weight", "in_proj_bias", &normed)?;
+    let mut shares = Tensor::zeros((2, 9), DType::F32, &Device::Cpu)?;
+    for head in 0..2 {
+        let query = qkv.narrow(1, 0, 1)?.narrow(2, 64 * head, 64)?;
+        let keys = qkv.narrow(1, 1, 9)?.narrow(2, 128 + 64 * head, 64)?;
+        let scores = query.broadcast_mul(&keys)?.sum(2)?;
+        let exp = (scores / 8.0)?.exp()?;
+        shares = (shares + exp.broadcast_div(&exp.sum_keepdim(1)?)?)?;
+    }
+    let shares = (shares / 2.0)?.reshape((2, 3, 3))?;
+    assert!(error(&map, &shares)? < 1e-5, "{}", error(&map, &shares)?);
+    let same = clip.image().class_attention(&pixels, &deeper)?;
+    assert_eq!(bits(&[("".into(), same)]), bits(&[("".into(), map)]));
     Ok(())
 }
 

@@ -12,9 +12,17 @@ use crate::reproduce::summary::Results;
 /// For each task and each contestant that adds something: what that is, and a test picture with it.
 pub(super) fn added(results: &Results, out: &Path) -> String {
     let mut html = String::new();
-    for task in results.learned_tasks() {
-        for who in results.who(Protocol::FewShot, task) {
-            let run = results.best_taught(Protocol::FewShot, task, &who).next();
+    let taught = [Protocol::FewShot, Protocol::Supervised]
+        .into_iter()
+        .flat_map(|protocol| {
+            results
+                .tasks(protocol)
+                .into_iter()
+                .map(move |task| (protocol, task))
+        });
+    for (protocol, task) in taught {
+        for who in results.who(protocol, task) {
+            let run = results.best_taught(protocol, task, &who).next();
             let Some(run) = run.map(|record| &record.run) else {
                 continue;
             };

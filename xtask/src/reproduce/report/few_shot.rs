@@ -15,7 +15,7 @@ pub(super) fn few_shot(results: &Results) -> String {
     if tasks.is_empty() {
         return String::new();
     }
-    let table = taught(results, &tasks);
+    let table = taught(results, Protocol::FewShot, &tasks);
     let curves: String = tasks
         .iter()
         .filter_map(|task| curves(results, task))
@@ -51,8 +51,20 @@ fn threads(results: &Results) -> String {
     }
 }
 
-/// Accuracy and cost at the largest number of shots.
-fn taught(results: &Results, tasks: &[&str]) -> String {
+/// Accuracy and cost where every training picture was shown.
+pub(super) fn supervised(results: &Results) -> String {
+    let tasks = results.tasks(Protocol::Supervised);
+    match tasks.is_empty() {
+        true => String::new(),
+        false => format!(
+            "<p>For methods whose authors train on whole training sets: every training picture of each class is shown.</p>\n{}",
+            taught(results, Protocol::Supervised, &tasks)
+        ),
+    }
+}
+
+/// Accuracy and cost at the largest number of training pictures.
+fn taught(results: &Results, protocol: Protocol, tasks: &[&str]) -> String {
     let mut table = Table::new(&[
         "method",
         "accuracy, %",
@@ -61,9 +73,9 @@ fn taught(results: &Results, tasks: &[&str]) -> String {
         "peak memory",
     ]);
     for task in tasks {
-        let all = results.who(Protocol::FewShot, task);
+        let all = results.who(protocol, task);
         let accuracy = |who: &Who| {
-            let runs = results.best_taught(Protocol::FewShot, task, who);
+            let runs = results.best_taught(protocol, task, who);
             Stat::of(runs.filter_map(|r| r.accuracy("test")))
         };
         let best = all
@@ -71,18 +83,14 @@ fn taught(results: &Results, tasks: &[&str]) -> String {
             .filter_map(accuracy)
             .map(|stat| stat.mean)
             .fold(0.0, f64::max);
-        let shots = results
-            .shots(Protocol::FewShot, task)
-            .last()
-            .copied()
-            .unwrap_or(0);
+        let shots = results.shots(protocol, task).last().copied().unwrap_or(0);
         table.group(&format!(
             "{}, {}",
             title(results, task),
             count(shots, "shot")
         ));
         for who in &all {
-            let runs = results.best_taught(Protocol::FewShot, task, who);
+            let runs = results.best_taught(protocol, task, who);
             let (Some(first), Some(stat)) = (runs.clone().next(), accuracy(who)) else {
                 continue;
             };

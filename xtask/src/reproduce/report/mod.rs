@@ -1,6 +1,7 @@
 //! `report.html`: one file that holds all it shows, made from the results alone.
 
 mod added;
+mod attention;
 mod charts;
 mod details;
 mod few_shot;
@@ -15,6 +16,7 @@ mod words;
 use std::path::Path;
 
 use self::html::escape;
+use super::record::Protocol;
 use super::summary::Results;
 
 /// The page. Test pictures are read from below `out`.
@@ -30,9 +32,20 @@ pub(crate) fn html(results: &Results, out: &Path) -> String {
         ),
         ("base-to-new", "Base to new", transfer::base_to_new(results)),
         (
+            "cross-dataset",
+            "Cross-dataset",
+            transfer::elsewhere(results, Protocol::CrossDataset, out),
+        ),
+        (
             "domain-shift",
             "Domain shift",
-            transfer::domain_shift(results, out),
+            transfer::elsewhere(results, Protocol::DomainShift, out),
+        ),
+        ("supervised", "Supervised", few_shot::supervised(results)),
+        (
+            "attention",
+            "Where the class token looks",
+            attention::attention(results, out),
         ),
         ("classes", "Class by class", details::classes(results)),
         ("pictures", "Test pictures", details::pictures(results, out)),

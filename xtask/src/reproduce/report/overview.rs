@@ -32,12 +32,14 @@ pub(super) fn findings(results: &Results) -> String {
             .iter()
             .filter_map(|task| on_new_classes(results, task)),
     );
-    lines.extend(
-        results
-            .tasks(Protocol::DomainShift)
-            .iter()
-            .filter_map(|task| shift(results, task)),
-    );
+    for protocol in [Protocol::CrossDataset, Protocol::DomainShift] {
+        let tasks = results.tasks(protocol);
+        lines.extend(
+            tasks
+                .iter()
+                .filter_map(|task| elsewhere(results, protocol, task)),
+        );
+    }
     let lines: String = lines
         .iter()
         .map(|line| format!("<li>{}</li>", escape(line)))
@@ -102,18 +104,18 @@ pub(super) fn on_new_classes(results: &Results, task: &str) -> Option<String> {
     ))
 }
 
-/// What another style costs zero-shot CLIP, and whom it costs least and most.
-fn shift(results: &Results, task: &str) -> Option<String> {
+/// What another style or task costs zero-shot CLIP, and whom it costs least and most.
+fn elsewhere(results: &Results, protocol: Protocol, task: &str) -> Option<String> {
     let of = |who: &Who| {
-        let runs = results.best_taught(Protocol::DomainShift, task, who);
+        let runs = results.best_taught(protocol, task, who);
         let at_home = Stat::of(runs.clone().filter_map(|r| r.accuracy(task)))?;
         Some((
             who.clone(),
             at_home,
-            Stat::of(runs.filter_map(Record::shifted))?,
+            Stat::of(runs.filter_map(Record::elsewhere))?,
         ))
     };
-    let all = results.who(Protocol::DomainShift, task);
+    let all = results.who(protocol, task);
     let (fixed, mut learners): (Vec<_>, Vec<_>) =
         all.iter().filter_map(of).partition(|(who, ..)| who.fixed);
     learners.sort_by(|a, b| b.2.mean.total_cmp(&a.2.mean));
@@ -134,11 +136,11 @@ fn shift(results: &Results, task: &str) -> Option<String> {
         ));
     }
     (!parts.is_empty()).then(|| {
-        format!(
-            "{}, from the usual style to the mean of the others: {}.",
-            title(results, task),
-            parts.join("; ")
-        )
+        let from = match protocol {
+            Protocol::CrossDataset => "from its own classes to the mean of the other tasks",
+            _ => "from the usual style to the mean of the others",
+        };
+        format!("{}, {from}: {}.", title(results, task), parts.join("; "))
     })
 }
 
@@ -199,7 +201,9 @@ fn tasks_in_words(results: &Results) -> String {
     let parts = [
         ("few-shot on", results.learned_tasks()),
         ("base-to-new on", results.tasks(Protocol::BaseToNew)),
+        ("cross-dataset from", results.tasks(Protocol::CrossDataset)),
         ("domain shift from", results.tasks(Protocol::DomainShift)),
+        ("supervised on", results.tasks(Protocol::Supervised)),
     ];
     for (what, tasks) in parts.iter().filter(|(_, tasks)| !tasks.is_empty()) {
         let titles: Vec<&str> = tasks.iter().map(|task| title(results, task)).collect();

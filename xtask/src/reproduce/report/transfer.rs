@@ -104,21 +104,21 @@ fn figures(results: &Results, tasks: &[&str]) -> String {
     table.finish()
 }
 
-/// Accuracy in each style.
-pub(super) fn domain_shift(results: &Results, out: &Path) -> String {
-    let tasks = results.tasks(Protocol::DomainShift);
+/// Accuracy in each style, or on each task of other classes.
+pub(super) fn elsewhere(results: &Results, protocol: Protocol, out: &Path) -> String {
+    let tasks = results.tasks(protocol);
     tasks
         .iter()
-        .filter_map(|task| shift(results, task, out))
+        .filter_map(|task| from_task(results, protocol, task, out))
         .collect()
 }
 
-fn shift(results: &Results, task: &str, out: &Path) -> Option<String> {
-    let first = results.of(Protocol::DomainShift, task).next()?;
-    let who = results.who(Protocol::DomainShift, task);
+fn from_task(results: &Results, protocol: Protocol, task: &str, out: &Path) -> Option<String> {
+    let first = results.of(protocol, task).next()?;
+    let who = results.who(protocol, task);
     let names: Vec<&str> = first.tests.iter().map(|test| test.name.as_str()).collect();
     let stat = |who: &Who, name: &str| {
-        let runs = results.best_taught(Protocol::DomainShift, task, who);
+        let runs = results.best_taught(protocol, task, who);
         Stat::of(runs.filter_map(|r| r.accuracy(name)))
     };
     let mut heading = vec!["method"];
@@ -126,10 +126,10 @@ fn shift(results: &Results, task: &str, out: &Path) -> Option<String> {
     heading.push("mean of the others");
     let mut table = Table::new(&heading);
     for who in &who {
-        let runs = results.best_taught(Protocol::DomainShift, task, who);
+        let runs = results.best_taught(protocol, task, who);
         let mut row = vec![who.label.clone()];
         row.extend(names.iter().map(|name| shown(stat(who, name))));
-        row.push(shown(Stat::of(runs.filter_map(Record::shifted))));
+        row.push(shown(Stat::of(runs.filter_map(Record::elsewhere))));
         table.row(&row, None);
     }
     let row = |name: &&str| {
@@ -140,22 +140,30 @@ fn shift(results: &Results, task: &str, out: &Path) -> Option<String> {
     let rows: Vec<(String, Vec<Dot>)> = names.iter().map(row).collect();
     let title = title(results, task);
     let svg = dots(
-        &format!("{title}: accuracy in each style"),
+        &match protocol {
+            Protocol::CrossDataset => format!("{title}: accuracy on each task"),
+            _ => format!("{title}: accuracy in each style"),
+        },
         "accuracy, %",
         &rows,
     );
     let keys: Vec<String> = who.iter().map(named).collect();
-    Some(format!(
-        "<p>Trained on {} in the usual style, {} a class, and measured on the same classes in styles that these pictures do not have.</p>\n{}<figure><p class=\"keys\">{}</p>{svg}</figure>\n{}",
-        escape(title),
-        count(
-            results
-                .shots(Protocol::DomainShift, task)
-                .last()
-                .copied()
-                .unwrap_or(0),
-            "picture"
+    let pictures = count(
+        results.shots(protocol, task).last().copied().unwrap_or(0),
+        "picture",
+    );
+    let about = match protocol {
+        Protocol::CrossDataset => format!(
+            "Trained on {}, {pictures} a class, and measured on tasks whose classes training never named.",
+            escape(title)
         ),
+        _ => format!(
+            "Trained on {} in the usual style, {pictures} a class, and measured on the same classes in styles that these pictures do not have.",
+            escape(title)
+        ),
+    };
+    Some(format!(
+        "<p>{about}</p>\n{}<figure><p class=\"keys\">{}</p>{svg}</figure>\n{}",
         styles(&first.tests, task, out),
         keys.join(" "),
         table.finish()
