@@ -199,6 +199,43 @@ fn a_call_leaves_results_a_table_and_a_report_and_the_next_one_skips() -> TestRe
 }
 
 #[test]
+fn the_report_shows_what_is_added_to_pictures() -> TestResult {
+    let scene = Scene::new()?;
+    let arguments = [
+        "--methods=zeroshot,vp",
+        "--protocols=few-shot",
+        "--tasks=texture",
+        "--shots=1",
+        "--seeds=1",
+        "--set=train.epochs=2",
+    ];
+    let ran = scene.run(&arguments)?;
+    assert!(ran.good, "{ran:?}");
+    let html = scene.report()?;
+    assert_well_formed(&html);
+    assert!(html.contains("What is added to a picture"));
+    let folder = scene.out().join("few-shot/texture/vp/shots_1/seed_1");
+    for name in ["added.png", "added-to-a-picture.png"] {
+        let decoder = png::Decoder::new(std::io::BufReader::new(std::fs::File::open(
+            folder.join(name),
+        )?));
+        let mut reader = decoder.read_info()?;
+        let mut rgb = vec![0; reader.output_buffer_size().unwrap()];
+        reader.next_frame(&mut rgb)?;
+        assert_eq!(rgb.len(), 3 * 32 * 32);
+        // Grey inside of the frame, and not in the frame.
+        let pixel = |row: usize, column: usize| &rgb[3 * (32 * row + column)..][..3];
+        let grey = |row, column| pixel(row, column) == [128; 3];
+        if name == "added.png" {
+            assert!(grey(16, 16) && grey(4, 4) && grey(27, 27));
+            assert!((0..32).any(|column| !grey(0, column)));
+            assert!((0..32).any(|row| !grey(row, 31)));
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn damaged_results_are_set_aside_and_made_again() -> TestResult {
     let scene = Scene::new()?;
     assert!(scene.run(SMALL)?.good);

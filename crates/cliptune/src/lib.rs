@@ -9,3 +9,5 @@ pub use cliptune_data as data;
 pub use cliptune_multimodal_pt as multimodal_pt;
 #[cfg(feature = "text-pt")]
 pub use cliptune_text_pt as text_pt;
+#[cfg(feature = "visual-pt")]
+pub use cliptune_visual_pt as visual_pt;

@@ -10,6 +10,8 @@ pub fn methods() -> Vec<Entry> {
         cliptune_text_pt::METHODS,
         #[cfg(feature = "multimodal-pt")]
         cliptune_multimodal_pt::METHODS,
+        #[cfg(feature = "visual-pt")]
+        cliptune_visual_pt::METHODS,
     ]
     .concat()
 }

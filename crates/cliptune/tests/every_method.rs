@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use cliptune::checkpoint::{TorchState, random};
 use cliptune::method::{Entry, Predictor, Task};
 use cliptune::prompt_file::PromptFile;
@@ -106,7 +106,7 @@ fn the_same_seed_gives_the_same_tensors() -> Result<()> {
             let tensors = fit(&entry, &clip, &data, seed)?.tensors()?;
             tensors
                 .into_iter()
-                .map(|(name, t)| Ok((name, t.flatten_all()?.to_vec1()?)))
+                .map(|(name, t)| Ok((name, t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)))
                 .collect()
         };
         assert_eq!(values(1)?, values(1)?, "{}", entry.slug);
@@ -193,7 +193,7 @@ fn checkpoints_of_the_authors_code_are_read_by_their_keys() -> Result<()> {
             import(&state, &json!({}), &clip, &data.classes)
         };
         let width = clip.text().width();
-        let buffer = Tensor::zeros((3, 1, width), candle_core::DType::F32, &Device::Cpu)?;
+        let buffer = Tensor::zeros((3, 1, width), DType::F32, &Device::Cpu)?;
         let mut saved = own.clone();
         saved.push(("token_prefix".into(), buffer));
         let imported = import(saved)?;

@@ -1,7 +1,7 @@
 //! Small learned networks beside the frozen towers.
 
 use crate::{Param, Params, Result, ops};
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 
 /// A learned affine map `y = x·wᵀ + b` that starts as PyTorch's `Linear` does: weight and bias from U(−1/√in, 1/√in).
 #[derive(Clone, Debug)]
@@ -25,6 +25,22 @@ impl Affine {
         Ok(Self {
             weight: params.uniform(&format!("{name}.weight"), (outputs, inputs), range)?,
             bias: params.uniform(&format!("{name}.bias"), outputs, range)?,
+        })
+    }
+
+    /// A map that starts by giving zeros, under the keys of [`Affine::new`].
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] if the name is taken.
+    pub fn zeros(
+        params: &mut Params,
+        name: &str,
+        (outputs, inputs): (usize, usize),
+    ) -> Result<Self> {
+        let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu);
+        Ok(Self {
+            weight: params.copied(&format!("{name}.weight"), &zeros(&[outputs, inputs])?)?,
+            bias: params.copied(&format!("{name}.bias"), &zeros(&[outputs])?)?,
         })
     }
 
@@ -120,7 +136,6 @@ impl Mlp {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
 
     #[test]
     fn it_is_an_affine_map_with_the_usual_start() -> Result<()> {
@@ -145,6 +160,8 @@ mod tests {
         let (a, b) = (map.forward(&x)?, copy.forward(&x)?);
         assert_eq!((a - b)?.abs()?.max_all()?.to_scalar::<f32>()?, 0.0);
         assert!(Affine::copied(&mut params, "net.1", &map).is_err());
+        let zeros = Affine::zeros(&mut params, "net.2", (30, 16))?.forward(&x)?;
+        assert_eq!(zeros.abs()?.max_all()?.to_scalar::<f32>()?, 0.0);
         Ok(())
     }
     #[test]

@@ -107,7 +107,7 @@ impl<L: Learner> Learned<L> {
     /// `token_prefix` of a checkpoint, are read over: they are rebuilt from `classes`.
     ///
     /// # Errors
-    /// As [`Learned::new`] and [`Params::load`].
+    /// As [`Learned::new`], [`Params::load`] and [`Objective::load_buffers`].
     pub fn with_tensors(
         config: &L::Config,
         clip: &Clip,
@@ -115,8 +115,9 @@ impl<L: Learner> Learned<L> {
         seed: u64,
         tensors: &BTreeMap<String, Tensor>,
     ) -> Result<Self> {
-        let learned = Self::new(config, clip, classes, seed)?;
+        let mut learned = Self::new(config, clip, classes, seed)?;
         learned.params.load(tensors)?;
+        learned.objective.load_buffers(tensors)?;
         Ok(learned)
     }
 
@@ -205,7 +206,14 @@ impl<O: Objective> Predictor for Learned<O> {
     }
 
     fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        self.params.tensors()
+        let mut tensors = self.params.tensors()?;
+        tensors.extend(self.objective.buffers()?);
+        Ok(tensors)
+    }
+
+    /// Without what only belongs to them.
+    fn learned_numbers(&self) -> Result<usize> {
+        Ok(self.params.count())
     }
 
     fn training(&self) -> Option<&History> {

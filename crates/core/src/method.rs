@@ -84,11 +84,20 @@ pub trait Predictor: std::fmt::Debug {
         classes: &Classes,
     ) -> Result<Box<dyn Classifier + 'a>>;
 
-    /// The learned tensors under the authors' keys.
+    /// The learned tensors under the authors' keys, and what belongs to them.
     ///
     /// # Errors
     /// Whatever the tensor library refuses.
     fn tensors(&self) -> Result<Vec<(String, Tensor)>>;
+
+    /// How many numbers were learned.
+    ///
+    /// # Errors
+    /// As [`Predictor::tensors`].
+    fn learned_numbers(&self) -> Result<usize> {
+        let tensors = self.tensors()?;
+        Ok(tensors.iter().map(|(_, tensor)| tensor.elem_count()).sum())
+    }
 
     /// How the training went, if there was one since the predictor was made.
     fn training(&self) -> Option<&History> {

@@ -1,7 +1,8 @@
-//! Learning rates by epoch, as Dassl sets them.
+//! Learning rates by epoch, as Dassl sets them, or by step.
 
 use serde::{Deserialize, Serialize};
 
+use crate::train::Step;
 use crate::{Error, Result};
 
 /// What follows the warm-up.
@@ -10,6 +11,9 @@ use crate::{Error, Result};
 pub enum Decay {
     /// `½ · lr · (1 + cos(π (e − W) / E))`. The denominator is E, all epochs, so the rate never reaches zero.
     Cosine {},
+    /// `½ · lr · (1 + cos(π (s − W) / (S − W)))` at step s of S in all: down to zero, step by step. The warm-up counts steps
+    /// too, or there is none.
+    CosineBySteps {},
     /// `lr · gamma^⌊(e − W) / step⌋`.
     SingleStep {
         /// Epochs between two drops.
@@ -55,6 +59,17 @@ pub enum Warmup {
         /// The rate of epoch 0.
         min_lr: f64,
     },
+    /// `lr · (s + 1) / steps` at each of the first `steps` steps s; for [`Decay::CosineBySteps`].
+    LinearBySteps {
+        /// Length; `None`: [`Warmup::STEPS`], or half of a run that is not twice as long.
+        #[serde(default)]
+        steps: Option<usize>,
+    },
+}
+
+impl Warmup {
+    /// Steps of a warm-up by steps that is not told otherwise: those of VP's authors.
+    pub const STEPS: usize = 1000;
 }
 
 impl Default for Warmup {
@@ -85,28 +100,44 @@ impl Schedule {
         }
     }
 
-    fn warmup_epochs(&self) -> usize {
+    /// Epochs of warm-up, or steps if the schedule goes by steps, of `all`.
+    fn warmup_length(&self, all: usize) -> usize {
         match self.warmup {
             Warmup::None {} => 0,
             Warmup::Constant { epochs, .. } | Warmup::Linear { epochs, .. } => epochs,
+            Warmup::LinearBySteps { steps } => steps.unwrap_or(Warmup::STEPS.min(all / 2)),
         }
     }
 
-    /// The rate in epoch `epoch` (from 0) of `epochs` for base rate `lr`.
+    /// The rate of a step for base rate `lr`.
+    pub fn rate_at(&self, lr: f64, step: Step) -> f64 {
+        match self.decay {
+            Decay::CosineBySteps {} => self.rate(lr, step.global(), step.epochs * step.steps),
+            _ => self.rate(lr, step.epoch, step.epochs),
+        }
+    }
+
+    /// The rate in epoch `epoch` (from 0) of `epochs` for base rate `lr`; a schedule by steps counts these in the place of
+    /// epochs.
     pub fn rate(&self, lr: f64, epoch: usize, epochs: usize) -> f64 {
-        let warm = self.warmup_epochs();
+        let warm = self.warmup_length(epochs);
         if epoch < warm {
             return match self.warmup {
                 Warmup::None {} => lr,
                 Warmup::Constant { lr, .. } => lr,
                 Warmup::Linear { min_lr, .. } if epoch == 0 => min_lr,
                 Warmup::Linear { epochs, .. } => lr * epoch as f64 / epochs as f64,
+                Warmup::LinearBySteps { .. } => lr * (epoch + 1) as f64 / warm as f64,
             };
         }
         let past = epoch - warm;
         match &self.decay {
             Decay::Cosine {} => {
                 0.5 * lr * (1.0 + (std::f64::consts::PI * past as f64 / epochs as f64).cos())
+            }
+            Decay::CosineBySteps {} => {
+                let span = epochs.saturating_sub(warm).max(1);
+                0.5 * lr * (1.0 + (std::f64::consts::PI * past as f64 / span as f64).cos())
             }
             Decay::SingleStep { step, gamma } => lr * gamma.powi((past / (*step).max(1)) as i32),
             Decay::MultiStep { milestones, gamma } => {
@@ -116,7 +147,22 @@ impl Schedule {
         }
     }
 
-    /// Refuses numbers that make no rate.
+    /// Refuses a run of `steps` steps that its warm-up by steps would fill.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn check_length(&self, steps: usize) -> Result<()> {
+        match self.warmup {
+            Warmup::LinearBySteps { steps: Some(warm) } if warm >= steps => {
+                let expected =
+                    format!("fewer than the run's {steps} steps; lower it, or train longer");
+                Err(Error::config("train.schedule.warmup.steps", warm, expected))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses numbers that make no rate, and epochs together with steps.
     ///
     /// # Errors
     /// [`Error::Config`].
@@ -129,6 +175,23 @@ impl Schedule {
             Warmup::None {} => {}
             Warmup::Constant { lr, .. } => positive("warmup.lr", lr)?,
             Warmup::Linear { min_lr, .. } => positive("warmup.min_lr", min_lr)?,
+            Warmup::LinearBySteps { steps: Some(0) } => {
+                let expected = "at least one step, or kind = \"none\"";
+                return Err(Error::config("warmup.steps", 0, expected));
+            }
+            Warmup::LinearBySteps { .. } => {}
+        }
+        let (warms, decays) = (
+            matches!(self.warmup, Warmup::LinearBySteps { .. }),
+            matches!(self.decay, Decay::CosineBySteps {}),
+        );
+        if warms != decays && !matches!(self.warmup, Warmup::None {}) {
+            let expected = "warm-up and decay both by steps (linear_by_steps, cosine_by_steps) or both by epochs";
+            return Err(Error::config(
+                "train.schedule",
+                "steps and epochs",
+                expected,
+            ));
         }
         match &self.decay {
             Decay::SingleStep { step: 0, .. } => {
@@ -137,7 +200,7 @@ impl Schedule {
             Decay::SingleStep { gamma, .. } | Decay::MultiStep { gamma, .. } => {
                 positive("decay.gamma", *gamma)
             }
-            Decay::Cosine {} | Decay::Constant {} => Ok(()),
+            Decay::Cosine {} | Decay::CosineBySteps {} | Decay::Constant {} => Ok(()),
         }
     }
 }
@@ -215,6 +278,54 @@ mod tests {
             warmup: Warmup::None {},
         };
         assert_eq!(rates(&schedule, 1.0, 5), [1.0, 1.0, 0.5, 0.5, 0.25]);
+    }
+
+    #[test]
+    fn steps_rise_to_the_rate_and_fall_to_zero() -> Result<()> {
+        let by_steps = |steps| Schedule {
+            decay: Decay::CosineBySteps {},
+            warmup: Warmup::LinearBySteps { steps },
+        };
+        let at = |schedule: &Schedule, global: usize| {
+            let step = Step {
+                seed: 0,
+                epoch: global / 5,
+                epochs: 1000,
+                index: global % 5,
+                steps: 5,
+            };
+            schedule.rate_at(40.0, step)
+        };
+        let papers = by_steps(None);
+        assert_eq!([0, 999, 1000].map(|s| at(&papers, s)), [0.04, 40.0, 40.0]);
+        assert!((at(&papers, 3000) - 20.0).abs() < 1e-9);
+        assert!(at(&papers, 4999) < 1e-5);
+        // A short run warms up for half of its steps; one that is all warm-up is refused.
+        assert_eq!(rates(&papers, 1.0, 4), [0.5, 1.0, 1.0, 0.5]);
+        assert!(papers.check_length(1).is_ok());
+        assert!(by_steps(Some(3)).check_length(4).is_ok());
+        let refused = by_steps(Some(4)).check_length(4).unwrap_err().to_string();
+        assert!(refused.contains("4 steps"), "{refused}");
+        assert!(by_steps(Some(0)).check().is_err());
+        // Without a warm-up.
+        let plain = Schedule {
+            decay: Decay::CosineBySteps {},
+            warmup: Warmup::None {},
+        };
+        plain.check()?;
+        assert_eq!(rates(&plain, 1.0, 2), [1.0, 0.5]);
+        // Steps and epochs do not mix.
+        let mixed = Schedule {
+            warmup: by_steps(None).warmup,
+            ..Schedule::coop()
+        };
+        assert!(mixed.check().is_err());
+        let mixed = Schedule {
+            decay: Decay::CosineBySteps {},
+            ..Schedule::coop()
+        };
+        assert!(mixed.check().is_err());
+        Ok(())
     }
 
     #[test]

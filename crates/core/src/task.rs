@@ -43,6 +43,7 @@ pub struct ImageBatch {
     features: Option<Tensor>,
     local_features: Option<Tensor>,
     pixels: Option<Tensor>,
+    items: Option<Vec<usize>>,
 }
 
 impl ImageBatch {
@@ -60,7 +61,7 @@ impl ImageBatch {
         Ok(Self {
             features: Some(features),
             local_features: Some(local),
-            pixels: None,
+            ..Self::default()
         })
     }
 
@@ -81,6 +82,20 @@ impl ImageBatch {
             }
             ImageNeeds::Pixels => Ok(Self::of_pixels(pixels.clone())),
         }
+    }
+
+    /// The same images with their numbers in the source that they come from.
+    #[must_use]
+    pub fn with_items(self, items: Vec<usize>) -> Self {
+        Self {
+            items: Some(items),
+            ..self
+        }
+    }
+
+    /// Which items of their source the images are, if they were taken from a [`Split`].
+    pub fn items(&self) -> Option<&[usize]> {
+        self.items.as_deref()
     }
 
     /// Raw global features `(batch, embed_dim)`, not of unit length.
@@ -359,7 +374,8 @@ impl<R: Role> Split<R> {
         view: View,
     ) -> Result<ImageBatch> {
         let items: Vec<usize> = positions.iter().map(|&p| self.items[p].0).collect();
-        self.source.images(clip, &items, needs, view)
+        let images = self.source.images(clip, &items, needs, view)?;
+        Ok(images.with_items(items))
     }
 
     /// Hash of the images and their labels.

@@ -49,13 +49,15 @@ pub struct Recipe {
     /// Passes over the training images; `None` takes the CoOp family's rule: 50 for 1 shot and for 1,000 classes and more,
     /// 100 for 2 to 4 shots, else 200.
     pub epochs: Option<usize>,
-    /// Images per step; the last, smaller batch of an epoch is dropped unless it is the only one.
+    /// Images per step.
     pub batch_size: usize,
+    /// Leaves out the last, smaller batch of an epoch unless it is the only one.
+    pub drop_last: bool,
     /// Base learning rate.
     pub lr: f64,
     /// Optimiser.
     pub optimizer: OptimizerConfig,
-    /// Learning rate by epoch.
+    /// Learning rate by epoch or step.
     pub schedule: Schedule,
     /// How the images are varied.
     pub augment: Augment,
@@ -71,6 +73,7 @@ impl Default for Recipe {
         Self {
             epochs: None,
             batch_size: 32,
+            drop_last: true,
             lr: 0.002,
             optimizer: OptimizerConfig::coop(),
             schedule: Schedule::coop(),
@@ -90,6 +93,15 @@ impl Recipe {
             2..=4 => 100,
             _ => 200,
         })
+    }
+
+    /// Steps of an epoch over `images` images.
+    pub fn steps(&self, images: usize) -> usize {
+        let steps = match self.drop_last {
+            true => images / self.batch_size,
+            false => images.div_ceil(self.batch_size),
+        };
+        steps.max(1)
     }
 
     /// The view of the images in an epoch.
@@ -253,6 +265,25 @@ pub trait Objective: std::fmt::Debug {
         Ok(true)
     }
 
+    /// What is saved beside the learned tensors: frozen ones that come from the training data.
+    ///
+    /// # Errors
+    /// Whatever the tensor library refuses; [`Error::Prompt`] if there is none yet.
+    fn buffers(&self) -> Result<Vec<(String, Tensor)>> {
+        Ok(Vec::new())
+    }
+
+    /// Takes back what [`Objective::buffers`] gave.
+    ///
+    /// # Errors
+    /// [`Error::Prompt`] if something is missing or does not fit.
+    fn load_buffers(
+        &mut self,
+        _tensors: &std::collections::BTreeMap<String, Tensor>,
+    ) -> Result<()> {
+        Ok(())
+    }
+
     /// What else must survive a crash for the run to go on exactly (collected gradients, running means).
     fn state(&self) -> Vec<(String, Tensor)> {
         Vec::new()
@@ -272,7 +303,7 @@ pub trait Objective: std::fmt::Debug {
 pub struct EpochRecord {
     /// Epoch, counted from 1.
     pub epoch: usize,
-    /// Learning rate.
+    /// Learning rate, of its last step.
     pub lr: f64,
     /// Mean loss.
     pub loss: f64,
@@ -421,8 +452,9 @@ pub fn train<O: Objective>(
     let classes = ClassTokens::new(clip.text(), &data.classes)?;
     let labels: Vec<u32> = data.train.labels().collect();
     let (n, batch_size) = (labels.len(), recipe.batch_size);
-    let steps = (n / batch_size).max(1);
+    let steps = recipe.steps(n);
     let epochs = recipe.epochs_for(data.shots(), data.classes.len());
+    recipe.schedule.check_length(epochs * steps)?;
     let mut optimizer = Optimizer::new(recipe.optimizer.clone(), learned.params())?;
 
     let identity = match &run.checkpoint {
@@ -450,7 +482,13 @@ pub fn train<O: Objective>(
         let epoch = saved.epoch;
         let order = Rng::stream(run.seed, "order", &[epoch as u64]).permutation(n);
         let view = recipe.view(run.seed, epoch);
-        let lr = recipe.schedule.rate(recipe.lr, epoch, epochs);
+        let step_of = |index| Step {
+            seed: run.seed,
+            epoch,
+            epochs,
+            index,
+            steps,
+        };
         for (index, positions) in order
             .chunks(batch_size)
             .take(steps)
@@ -463,13 +501,8 @@ pub fn train<O: Objective>(
                 }
                 return Err(cancelled);
             }
-            let step = Step {
-                seed: run.seed,
-                epoch,
-                epochs,
-                index,
-                steps,
-            };
+            let step = step_of(index);
+            let lr = recipe.schedule.rate_at(recipe.lr, step);
             let images = data.train.images(clip, positions, learned.needs(), view)?;
             let labels: Vec<u32> = positions.iter().map(|&p| labels[p]).collect();
             let batch = Batch {
@@ -508,6 +541,7 @@ pub fn train<O: Objective>(
             Some(val) => Some(accuracy(learned, clip, val, &data.classes)?),
             None => None,
         };
+        let lr = recipe.schedule.rate_at(recipe.lr, step_of(steps - 1));
         saved.finish_epoch(lr, val_accuracy, learned.params())?;
         if !learned.after_epoch(saved.epoch)? {
             break;

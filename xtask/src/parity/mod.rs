@@ -13,6 +13,7 @@ mod prograd;
 mod subpt;
 mod text_pt;
 mod tokenizer;
+mod visual_pt;
 mod vpt;
 
 use std::collections::BTreeMap;
@@ -60,6 +61,7 @@ fn runner(slug: &str, name: &str) -> Option<Runner> {
         ("maple", _) => multimodal_pt::maple,
         ("ivlp", _) => multimodal_pt::ivlp,
         ("deep-vpt", _) => multimodal_pt::deep_vpt,
+        ("vp", _) => visual_pt::vp,
         _ => return None,
     })
 }

@@ -109,11 +109,40 @@ struct ScheduleJson {
     gamma: Option<f64>,
 }
 
+/// `config.schedule` of a method whose rate changes with every step.
+#[derive(Deserialize)]
+struct StepScheduleJson {
+    lr: f64,
+    warmup_steps: usize,
+    total_steps: usize,
+}
+
+impl StepScheduleJson {
+    const KIND: &str = "per_step_warmup_cosine";
+
+    fn rates(&self, steps: usize) -> Vec<f64> {
+        let schedule = Schedule {
+            decay: Decay::CosineBySteps {},
+            warmup: Warmup::LinearBySteps {
+                steps: Some(self.warmup_steps),
+            },
+        };
+        let rate = |step| schedule.rate(self.lr, step, self.total_steps);
+        (0..steps).map(rate).collect()
+    }
+}
+
 /// The case's learning rates follow from its schedule.
 fn schedule(case: &Case, check: &mut Check) -> Result<()> {
     let Some(json) = case.json.config.get("schedule") else {
         return Ok(());
     };
+    if json["lr_scheduler"] == StepScheduleJson::KIND {
+        let json = StepScheduleJson::deserialize(json).context("config.schedule")?;
+        let rates = json.rates(case.json.lr_per_step.len());
+        check.numbers("lr_per_step", &rates, &case.json.lr_per_step, 1e-9);
+        return Ok(());
+    }
     let json = ScheduleJson::deserialize(json).context("config.schedule")?;
     let decay = match (json.lr_scheduler.as_str(), json.gamma) {
         ("cosine", _) => Decay::Cosine {},

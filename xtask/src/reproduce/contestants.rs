@@ -2,11 +2,15 @@
 
 use anyhow::{Context, Result, anyhow, bail};
 use cliptune::method::{AnyMethod, Entry};
-use cliptune::registry;
+use cliptune::{ImageNeeds, registry};
 use serde_json::{Map, Value, json};
 
 /// Most steps of a training on the built-in benchmark, so that all of it takes minutes.
 const STEPS: usize = 600;
+
+/// Most pictures that go through the image tower in a training of a method that learns there, forward and backward: each costs as
+/// much as many class prompts.
+const PICTURES: usize = 3200;
 
 /// Fewest epochs on the built-in benchmark: the first warms up at a rate of 1e-5, so fewer would learn next to nothing.
 const EPOCHS: usize = 4;
@@ -15,15 +19,20 @@ const EPOCHS: usize = 4;
 const SUPERVISED: &[&str] = &["vp"];
 
 /// Passes over the training pictures on the built-in benchmark: the method's own number, or CoOp's by shots (Sec. 4.1), as far
-/// as [`STEPS`] allows.
-fn epochs(drawn: Drawn, batch_size: usize, own: Option<usize>) -> usize {
+/// as [`STEPS`] allows, and [`PICTURES`] for a method that reads pixels.
+fn epochs(drawn: Drawn, batch_size: usize, own: Option<usize>, needs: ImageNeeds) -> usize {
     let papers = own.unwrap_or(match drawn.shots {
         0..=1 => 50,
         2..=4 => 100,
         _ => 200,
     });
-    let steps = (drawn.shots * drawn.n_cls / batch_size.max(1)).max(1);
-    papers.min((STEPS / steps).max(EPOCHS))
+    let pictures = drawn.shots * drawn.n_cls;
+    let steps = (pictures / batch_size.max(1)).max(1);
+    let mut most = STEPS / steps;
+    if needs == ImageNeeds::Pixels {
+        most = most.min(PICTURES / pictures.max(1));
+    }
+    papers.min(most.max(EPOCHS))
 }
 
 /// What a built-in task is learned from.
@@ -89,7 +98,7 @@ impl Contestant {
         {
             let number = |key: &str| Some(train.get(key)?.as_u64()? as usize);
             let batch_size = number("batch_size").unwrap_or(1);
-            let epochs = epochs(drawn, batch_size, number("epochs"));
+            let epochs = epochs(drawn, batch_size, number("epochs"), self.entry.needs);
             train.insert("epochs".into(), json!(epochs));
         }
         if self.is_fixed()
@@ -314,11 +323,20 @@ mod tests {
 
     #[test]
     fn epochs_are_the_papers_as_far_as_time_allows() {
-        let of = |shots, n_cls| epochs(Drawn { shots, n_cls }, 32, None);
+        let features = ImageNeeds::GlobalFeatures;
+        let of = |shots, n_cls| epochs(Drawn { shots, n_cls }, 32, None, features);
         assert_eq!([of(1, 10), of(4, 10), of(8, 10)], [50, 100, 200]);
         assert_eq!([of(16, 10), of(16, 36)], [120, 33]);
-        let one_by_one = |shots| epochs(Drawn { shots, n_cls: 10 }, 1, Some(10));
+        let one_by_one = |shots| epochs(Drawn { shots, n_cls: 10 }, 1, Some(10), features);
         assert_eq!([one_by_one(1), one_by_one(8), one_by_one(16)], [10, 7, 4]);
+        let in_pixels = |batch, own| {
+            let drawn = Drawn {
+                shots: 16,
+                n_cls: 10,
+            };
+            epochs(drawn, batch, Some(own), ImageNeeds::Pixels)
+        };
+        assert_eq!([in_pixels(4, 5), in_pixels(256, 1000)], [5, 20]);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! `cargo xtask reproduce`: every method on the built-in benchmark or on a data set, with a table and a report.
 
+mod added;
 mod builtin;
 mod check;
 mod contestants;

@@ -5,8 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use candle_core::Tensor;
 use cliptune::data::Event;
-use cliptune::{Clip, ImageNeeds, ImageSource, View, files};
+use cliptune::{Clip, ImageNeeds, ImageSource, Preprocess, View, files};
 
 use super::progress::Show;
 use super::worker::{Job, cached, picture_file, sample_positions};
@@ -94,20 +95,18 @@ impl Needed {
             if let Some(folder) = file.parent() {
                 std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
             }
-            let png = png_of(clip, self.source.as_ref(), item)?;
+            let preprocess = clip.preprocess();
+            let pixels = self.source.pixels(&[item], preprocess, View::Fixed)?;
+            let png = png_of(preprocess, &pixels)?;
             files::write_atomically(&file, |w| w.write_all(&png))?;
         }
         Ok(())
     }
 }
 
-/// Item `item` as the image tower sees it, before normalisation.
-fn png_of(clip: &Clip, source: &dyn ImageSource, item: usize) -> Result<Vec<u8>> {
-    let preprocess = clip.preprocess();
-    let (side, pixels) = (
-        preprocess.resolution,
-        source.pixels(&[item], preprocess, View::Fixed)?,
-    );
+/// A picture as the image tower reads it, `(1, 3, side, side)`, before normalisation.
+pub(super) fn png_of(preprocess: &Preprocess, pixels: &Tensor) -> Result<Vec<u8>> {
+    let side = preprocess.resolution;
     let channels = pixels.flatten_from(2)?.squeeze(0)?.to_vec2::<f32>()?;
     let mut rgb = vec![0u8; 3 * side * side];
     for (c, (channel, (mean, std))) in channels

@@ -17,6 +17,7 @@ use cliptune::{Classes, Clip, ImageNeeds, ImageSource, Labelled, Run, Split, Vie
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::added;
 use super::folder::{FEATURES, PICTURES};
 use super::record::{
     Attention, DataNote, FORMAT, Machine, Measured, Protocol, Record, Revision, RunKey, Sample,
@@ -88,6 +89,10 @@ impl Job {
         let predictor = method.fit(&clip, MethodData::Labelled(&labelled), &mut run)?;
         let fit = started.elapsed().as_secs_f64();
 
+        let first = tests.first().and_then(|test| {
+            let (item, _) = *test.split.items().first()?;
+            Some((item, test.split.source().clone()))
+        });
         let started = Instant::now();
         let tests: Vec<Measured> = tests
             .iter()
@@ -95,8 +100,12 @@ impl Job {
             .collect::<Result<_>>()?;
         let evaluate = started.elapsed().as_secs_f64();
 
+        if let Some((item, source)) = first {
+            let picture = source.pixels(&[item], clip.preprocess(), View::Fixed)?;
+            let classes = &labelled.classes;
+            added::write(self, &clip, classes, predictor.as_ref(), &picture)?;
+        }
         let train = &labelled.train;
-        let learned = predictor.tensors()?;
         Ok(Record {
             format: FORMAT.to_owned(),
             run: self.key.clone(),
@@ -127,7 +136,7 @@ impl Job {
                 evaluate,
             },
             peak_memory_bytes: peak_memory(),
-            learned: learned.iter().map(|(_, tensor)| tensor.elem_count()).sum(),
+            learned: predictor.learned_numbers()?,
             training: predictor.training().cloned(),
             tests,
         })

@@ -289,11 +289,7 @@ impl Plan {
             })?;
         }
 
-        let learned: usize = predictor
-            .tensors()?
-            .iter()
-            .map(|(_, t)| t.elem_count())
-            .sum();
+        let learned = predictor.learned_numbers()?;
         let mut accuracy = format!("train {train_accuracy:.1} %");
         if let Some(val) = val_accuracy {
             accuracy.push_str(&format!(", val {val:.1} %"));

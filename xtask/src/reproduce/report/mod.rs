@@ -1,5 +1,6 @@
 //! `report.html`: one file that holds all it shows, made from the results alone.
 
+mod added;
 mod attention;
 mod charts;
 mod details;
@@ -48,6 +49,11 @@ pub(crate) fn html(results: &Results, out: &Path) -> String {
         ),
         ("classes", "Class by class", details::classes(results)),
         ("pictures", "Test pictures", details::pictures(results, out)),
+        (
+            "added",
+            "What is added to a picture",
+            added::added(results, out),
+        ),
         (
             "zero-shot",
             "Zero-shot on every task",
