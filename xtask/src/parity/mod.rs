@@ -6,6 +6,7 @@ mod clip_cases;
 mod cocoop;
 mod kgcoop;
 mod multimodal_pt;
+mod mvlpt;
 mod objective;
 mod plot;
 mod preprocess;
@@ -60,6 +61,8 @@ fn runner(slug: &str, name: &str) -> Option<Runner> {
         ("maple", _) => multimodal_pt::maple,
         ("ivlp", _) => multimodal_pt::ivlp,
         ("deep-vpt", _) => multimodal_pt::deep_vpt,
+        ("upt", _) => multimodal_pt::upt,
+        ("mvlpt", _) => mvlpt::run,
         _ => return None,
     })
 }
