@@ -25,6 +25,7 @@ pub mod run;
 pub mod schedule;
 pub mod subspace;
 pub mod task;
+pub mod tasks;
 pub mod templates;
 pub mod tokenizer;
 pub mod train;

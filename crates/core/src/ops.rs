@@ -624,6 +624,34 @@ pub fn negative_log_likelihood(log_probs: &Tensor, labels: &[u32]) -> Result<Ten
     Ok(log_probs.gather(&labels, 1)?.mean_all()?.neg()?)
 }
 
+/// Mean over the batch of `−Σ_c q_c · log p_c` for `logits (batch, n_cls)` and targets of the same shape: how much of each
+/// class an image shows, at least 0 and divided here by its sum over the classes (1 for every class of a multi-label image).
+///
+/// # Errors
+/// [`Error::Shape`] if the two do not have the same shape; [`Error::Data`] if a target is negative or not finite, or an image
+/// has none.
+pub fn soft_cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    if targets.dims() != logits.dims() {
+        return Err(Error::Shape {
+            what: "targets of a batch".into(),
+            found: targets.dims().to_vec(),
+            expected: logits.dims().to_vec(),
+        });
+    }
+    let targets = targets.to_dtype(logits.dtype())?.detach();
+    for (row, values) in targets.to_vec2::<f32>()?.iter().enumerate() {
+        let usable = values.iter().all(|x| x.is_finite() && *x >= 0.0);
+        if !usable || values.iter().all(|x| *x == 0.0) {
+            return Err(Error::Data(format!(
+                "targets of image {row} of the batch: expected numbers of at least 0, one of them above it"
+            )));
+        }
+    }
+    let shares = targets.broadcast_div(&targets.sum_keepdim(D::Minus1)?)?;
+    let terms = (shares * log_softmax(logits)?)?;
+    Ok(terms.sum(D::Minus1)?.mean_all()?.neg()?)
+}
+
 /// Refuses labels that are not one class for each image.
 ///
 /// # Errors
@@ -831,6 +859,27 @@ mod tests {
         });
         assert_eq!(failed.unwrap_err().to_string(), "this one");
         assert!(row_by_row(&x.narrow(0, 0, 0)?, |_, row| Ok(row.clone())).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn soft_targets_are_shares() -> Result<()> {
+        let logits = Tensor::new(&[[1f32, 2.0, -1.0], [0.5, 0.0, 3.0]], &Device::Cpu)?;
+        let close = |a: Tensor, b: f32| -> Result<bool> { Ok((value(&a)? - b).abs() < 1e-6) };
+        // One class is a label, whatever its number.
+        let one = Tensor::new(&[[0f32, 7.0, 0.0], [0.0, 0.0, 1.0]], &Device::Cpu)?;
+        let by_label = value(&cross_entropy(&logits, &[1, 2])?)?;
+        assert!(close(soft_cross_entropy(&logits, &one)?, by_label)?);
+        // Two count half each.
+        let two = Tensor::new(&[[1f32, 1.0, 0.0], [0.0, 0.0, 1.0]], &Device::Cpu)?;
+        let halves = (value(&cross_entropy(&logits, &[0, 2])?)? + by_label) / 2.0;
+        assert!(close(soft_cross_entropy(&logits, &two)?, halves)?);
+        for bad in [[0f32, 0.0, 0.0], [1.0, -1.0, 0.0], [f32::NAN, 1.0, 0.0]] {
+            let bad = Tensor::new(&[[1f32, 0.0, 0.0], bad], &Device::Cpu)?;
+            let told = soft_cross_entropy(&logits, &bad).unwrap_err().to_string();
+            assert!(told.contains("image 1"), "{told}");
+        }
+        assert!(soft_cross_entropy(&logits, &one.narrow(1, 0, 2)?).is_err());
         Ok(())
     }
 }

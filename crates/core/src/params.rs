@@ -48,6 +48,8 @@ impl Param {
 pub struct Params {
     seed: u64,
     list: Vec<Param>,
+    /// What the names of new parameters begin with.
+    prefix: String,
 }
 
 impl Params {
@@ -56,7 +58,24 @@ impl Params {
         Self {
             seed,
             list: Vec::new(),
+            prefix: String::new(),
         }
+    }
+
+    /// Lets the names of all that `make` makes begin with `prefix`, as the keys of a module's parameters do.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub fn below<T>(
+        &mut self,
+        prefix: &str,
+        make: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<T> {
+        let outer = self.prefix.len();
+        self.prefix.push_str(prefix);
+        let made = make(self);
+        self.prefix.truncate(outer);
+        made
     }
 
     /// The seed that what is drawn depends on.
@@ -70,7 +89,7 @@ impl Params {
     /// [`Error::Config`] if the name is taken.
     pub fn normal(&mut self, name: &str, shape: impl Into<Shape>, std: f64) -> Result<Param> {
         let shape = shape.into();
-        let mut rng = Rng::stream(self.seed, &format!("init/{name}"), &[]);
+        let mut rng = self.stream(name);
         let values: Vec<f32> = rng
             .normal(shape.elem_count())
             .into_iter()
@@ -90,7 +109,7 @@ impl Params {
         (low, high): (f64, f64),
     ) -> Result<Param> {
         let shape = shape.into();
-        let mut rng = Rng::stream(self.seed, &format!("init/{name}"), &[]);
+        let mut rng = self.stream(name);
         let values: Vec<f32> = (0..shape.elem_count())
             .map(|_| (low + (high - low) * rng.uniform()) as f32)
             .collect();
@@ -105,13 +124,19 @@ impl Params {
         self.add(name, value.to_dtype(DType::F32)?)
     }
 
+    /// What a new parameter is drawn from.
+    fn stream(&self, name: &str) -> Rng {
+        Rng::stream(self.seed, &format!("init/{}{name}", self.prefix), &[])
+    }
+
     fn add(&mut self, name: &str, value: Tensor) -> Result<Param> {
-        if self.get(name).is_some() {
+        let name = format!("{}{name}", self.prefix);
+        if self.get(&name).is_some() {
             return Err(Error::config("parameter", name, "the name is taken"));
         }
         // A copy: a variable is updated in place, and must not share memory with what it started from.
         let param = Param {
-            name: name.to_owned(),
+            name,
             var: Var::from_tensor(&value.detach().copy()?)?,
         };
         self.list.push(param.clone());
@@ -133,6 +158,7 @@ impl Params {
         Self {
             seed: self.seed,
             list: self.list.iter().filter(|p| keep(p)).cloned().collect(),
+            prefix: String::new(),
         }
     }
 
@@ -193,6 +219,50 @@ impl Params {
     pub(crate) fn set(&self, index: usize, value: &Tensor) -> Result<()> {
         Ok(self.list[index].var.set(value)?)
     }
+}
+
+/// Tensors of the authors' checkpoints that are not learned: they belong to the class names.
+const BUFFERS: [&str; 2] = ["token_prefix", "token_suffix"];
+
+/// The mean of what several runs learned, key by key: where a run may begin ([`crate::Run::start`]). Token buffers of the authors'
+/// checkpoints are left out, so that the runs may have had different classes.
+///
+/// # Errors
+/// [`Error::Prompt`] if there is no run, or one learned other tensors than the first; [`Error::Shape`] if one has another shape.
+pub fn mean(runs: &[&BTreeMap<String, Tensor>]) -> Result<BTreeMap<String, Tensor>> {
+    let is_buffer = |name: &str| BUFFERS.contains(&name.rsplit('.').next().unwrap_or(name));
+    let names = |run: &BTreeMap<String, Tensor>| -> Vec<String> {
+        let names = run.keys().filter(|name| !is_buffer(name));
+        names.cloned().collect()
+    };
+    let Some(first) = runs.first() else {
+        return Err(Error::Prompt("there is no run to begin with".into()));
+    };
+    for run in runs {
+        let (found, expected) = (names(run), names(first));
+        if found != expected {
+            return Err(Error::Prompt(format!(
+                "one run learned {found:?}, another {expected:?}; they cannot be averaged, take runs of one method and one set of settings"
+            )));
+        }
+    }
+    let mean_of = |name: String| -> Result<(String, Tensor)> {
+        let mut sum = Tensor::zeros(first[&name].shape(), DType::F64, &Device::Cpu)?;
+        for run in runs {
+            let value = &run[&name];
+            if value.dims() != sum.dims() {
+                return Err(Error::Shape {
+                    what: format!("learned tensor `{name}` of one of the runs"),
+                    found: value.dims().to_vec(),
+                    expected: sum.dims().to_vec(),
+                });
+            }
+            sum = (sum + value.to_dtype(DType::F64)?)?;
+        }
+        let mean = (sum / runs.len() as f64)?.to_dtype(DType::F32)?;
+        Ok((name, mean))
+    };
+    names(first).into_iter().map(mean_of).collect()
 }
 
 /// Refuses NaN and infinities.
@@ -351,6 +421,29 @@ mod tests {
     }
 
     #[test]
+    fn a_prefix_ends_with_what_is_made_below_it() -> Result<()> {
+        let mut params = Params::new(1);
+        params.below("a.", |params| {
+            params.normal("x", 2, 1.0)?;
+            params.below("b.", |params| params.uniform("x", 2, (0.0, 1.0)))
+        })?;
+        let failed = params.below("c.", |_| -> Result<()> { Err(Error::Cancelled) });
+        assert!(failed.is_err());
+        params.copied("x", &Tensor::zeros(2, DType::F32, &Device::Cpu)?)?;
+        let names: Vec<_> = params.iter().map(Param::name).collect();
+        assert_eq!(names, ["a.x", "a.b.x", "x"]);
+        // What is drawn depends on the whole name.
+        let mut whole = Params::new(1);
+        whole.normal("a.x", 2, 1.0)?;
+        let value = |params: &Params| -> Result<Vec<f32>> {
+            let param = params.get("a.x").ok_or(Error::Cancelled)?;
+            Ok(param.value()?.to_vec1()?)
+        };
+        assert_eq!(value(&whole)?, value(&params)?);
+        Ok(())
+    }
+
+    #[test]
     fn gradients_add_up_and_are_clipped_together() -> Result<()> {
         let mut params = Params::new(0);
         let (a, b) = (params.normal("a", 3, 1.0)?, params.normal("b", 2, 1.0)?);
@@ -375,6 +468,36 @@ mod tests {
         let broken = Gradients::of(&(a.tensor() * f64::NAN)?.sum_all()?, &params)?.clip_norm(1.0);
         assert!(matches!(broken, Err(Error::NotFinite { .. })));
         assert!(Gradients::sum(vec![sum.group(&only_b), sum]).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn the_mean_of_runs_leaves_token_buffers_out() -> Result<()> {
+        let run = |ctx: &[f32], classes: usize| -> Result<BTreeMap<String, Tensor>> {
+            let buffer = Tensor::zeros((classes, 1, 2), DType::F32, &Device::Cpu)?;
+            Ok(BTreeMap::from([
+                ("ctx".to_owned(), Tensor::new(ctx, &Device::Cpu)?),
+                ("prompt_learner.token_prefix".to_owned(), buffer.clone()),
+                ("token_suffix".to_owned(), buffer),
+            ]))
+        };
+        let (a, b, c) = (
+            run(&[1.0, 2.0], 3)?,
+            run(&[2.0, 4.0], 5)?,
+            run(&[6.0, 0.0], 3)?,
+        );
+        let found = mean(&[&a, &b, &c])?;
+        assert_eq!(found.keys().collect::<Vec<_>>(), ["ctx"]);
+        assert_eq!(found["ctx"].to_vec1::<f32>()?, [3.0, 2.0]);
+        // Of equal ones it is the same, exactly.
+        let odd = run(&[0.1, -1e-7], 3)?;
+        let same = mean(&[&odd, &odd, &odd])?;
+        assert_eq!(same["ctx"].to_vec1::<f32>()?, [0.1, -1e-7]);
+        let told = |runs: &[&BTreeMap<String, Tensor>]| mean(runs).unwrap_err().to_string();
+        assert!(told(&[]).contains("no run"));
+        assert!(told(&[&a, &run(&[1.0], 3)?]).contains("[1], expected [2]"));
+        let other = BTreeMap::from([("meta_net".to_owned(), a["ctx"].clone())]);
+        assert!(told(&[&a, &other]).contains("meta_net"));
         Ok(())
     }
 

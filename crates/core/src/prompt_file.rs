@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::checkpoint::SafetensorsFile;
 use crate::files::write_atomically;
 use crate::method::{ClipId, Predictor};
-use crate::params::check_finite;
+use crate::params::{self, check_finite};
 use crate::{Classes, Clip, Error, Result};
 
 /// The metadata's key in the safetensors header.
@@ -169,6 +169,43 @@ impl PromptFile {
     }
 }
 
+/// The mean of what prompt files of several runs hold, to begin another run with ([`crate::Run::start`]): of one method, the same
+/// weights and the same settings but for the training. Their classes need not be the same.
+///
+/// # Errors
+/// [`Error::Prompt`] naming what differs, and as [`params::mean`].
+pub fn mean(files: &[PromptFile]) -> Result<BTreeMap<String, Tensor>> {
+    /// Settings that say nothing about what a tensor means.
+    const FREE: [&str; 3] = ["train", "tasks", "task_mask"];
+    let meaning = |file: &PromptFile| {
+        let mut config = file.config.clone();
+        if let Value::Object(settings) = &mut config {
+            settings.retain(|key, _| !FREE.contains(&key.as_str()));
+        }
+        config
+    };
+    for pair in files.windows(2) {
+        let [a, b] = pair else { continue };
+        let differs = |what: &str, a: &dyn std::fmt::Display, b: &dyn std::fmt::Display| {
+            Err(Error::Prompt(format!(
+                "prompts of different {what} cannot be averaged: {a} and {b}"
+            )))
+        };
+        if a.method != b.method {
+            return differs("methods", &a.method, &b.method);
+        }
+        if a.clip.weights_hash != b.clip.weights_hash {
+            return differs("weights", &a.clip.name, &b.clip.name);
+        }
+        let (a, b) = (meaning(a), meaning(b));
+        if a != b {
+            return differs("settings", &a, &b);
+        }
+    }
+    let tensors: Vec<_> = files.iter().map(|file| &file.tensors).collect();
+    params::mean(&tensors)
+}
+
 fn short(hash: &str) -> &str {
     hash.get(..12).unwrap_or(hash)
 }
@@ -248,6 +285,31 @@ mod tests {
         for cut in 0..bytes.len() {
             assert!(load(&bytes[..cut]).is_err(), "cut at {cut}");
         }
+    }
+
+    #[test]
+    fn the_mean_is_that_of_runs_that_mean_the_same() {
+        let first = load(&valid()).unwrap();
+        let mut second = first.clone();
+        second.seed = 2;
+        second.classes = Classes::new(vec!["b".into(), "c".into()]).unwrap();
+        second.config = serde_json::json!({"n_ctx": 2, "train": {"epochs": 3}});
+        let ctx = (&first.tensors["ctx"] * 3.0).unwrap();
+        second.tensors.insert("ctx".into(), ctx);
+        let told =
+            |a: &PromptFile, b: &PromptFile| mean(&[a.clone(), b.clone()]).unwrap_err().to_string();
+        assert!(told(&first, &second).contains("different settings"));
+        let mut first = first;
+        first.config = serde_json::json!({"n_ctx": 2, "train": {"epochs": 4}});
+        let found = mean(&[first.clone(), second.clone()]).unwrap();
+        let expected = [[2f32, 4.0], [6.0, 8.0]];
+        assert_eq!(found["ctx"].to_vec2::<f32>().unwrap(), expected);
+        let mut other = second.clone();
+        other.method = "kgcoop".into();
+        assert!(told(&first, &other).contains("coop and kgcoop"));
+        second.clip.weights_hash = "01".into();
+        assert!(told(&first, &second).contains("different weights"));
+        assert!(mean(&[]).is_err());
     }
 
     #[test]

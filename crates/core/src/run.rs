@@ -1,9 +1,12 @@
 //! What a run carries besides its settings: seed, progress, cancellation, and where to keep what must survive a crash.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+
+use candle_core::Tensor;
 
 use crate::{Error, Result};
 
@@ -83,6 +86,9 @@ pub struct Run {
     pub checkpoint: Option<CheckpointPlan>,
     /// Set from outside to stop after the step in hand.
     pub cancel: Arc<AtomicBool>,
+    /// What every training of the run begins with in the place of its own start, by the authors' keys: what another run has
+    /// learned, or the mean of several ([`crate::prompt_file::mean`]).
+    pub start: Option<BTreeMap<String, Tensor>>,
 }
 
 impl Run {
@@ -93,6 +99,7 @@ impl Run {
             progress: Box::new(Quiet),
             checkpoint: None,
             cancel: Arc::default(),
+            start: None,
         }
     }
 

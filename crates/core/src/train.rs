@@ -18,6 +18,7 @@ use crate::rng::Rng;
 use crate::run::{Run, TrainStatus};
 use crate::schedule::Schedule;
 use crate::task::{ImageBatch, ImageNeeds, Labelled, Role, Split, View};
+use crate::tasks::Tasks;
 use crate::{Classes, Clip, Error, Result, ops};
 
 /// How the images are varied while training.
@@ -237,6 +238,12 @@ pub trait Objective: std::fmt::Debug {
         classes: &Classes,
     ) -> Result<Box<dyn Classifier + 'a>>;
 
+    /// The tasks that the classes divide into: the best epoch is then that of the best mean over the tasks, each measured
+    /// among its own classes. `None` for a single task.
+    fn tasks(&self) -> Option<&Tasks> {
+        None
+    }
+
     /// The loss of a batch.
     ///
     /// # Errors
@@ -420,14 +427,15 @@ impl Tally {
     }
 }
 
-/// Trains `learned` and leaves it with the parameters that [`Recipe::keep`] names and with
+/// Trains `learned`, from [`Run::start`] if there is one, and leaves it with the parameters that [`Recipe::keep`] names and with
 /// the record of the training.
 ///
 /// `settings` are the method's, for recognising a checkpoint of the same run. With [`Run::checkpoint`] the run writes down
 /// how far it is; called again after a crash it goes on from there and ends with the same bits.
 ///
 /// # Errors
-/// [`Error::Diverged`], [`Error::Config`], [`Error::Data`]; a checkpoint of another run is refused, not overwritten.
+/// [`Error::Diverged`], [`Error::Config`], [`Error::Data`]; as [`Params::load`] if [`Run::start`] does not fit; a checkpoint of
+/// another run is refused, not overwritten.
 pub fn train<O: Objective>(
     learned: &mut Learned<O>,
     clip: &Clip,
@@ -449,6 +457,9 @@ pub fn train<O: Objective>(
             ));
         }
     };
+    if let Some(start) = &run.start {
+        learned.params().load(start)?;
+    }
     let classes = ClassTokens::new(clip.text(), &data.classes)?;
     let labels: Vec<u32> = data.train.labels().collect();
     let (n, batch_size) = (labels.len(), recipe.batch_size);
@@ -458,7 +469,7 @@ pub fn train<O: Objective>(
     let mut optimizer = Optimizer::new(recipe.optimizer.clone(), learned.params())?;
 
     let identity = match &run.checkpoint {
-        Some(_) => identity(clip, data, settings, run.seed, learned.params())?,
+        Some(_) => identity(clip, data, settings, run, learned.params())?,
         None => String::new(),
     };
     let mut saved = Saved::default();
@@ -538,7 +549,10 @@ pub fn train<O: Objective>(
             }
         }
         let val_accuracy = match val {
-            Some(val) => Some(accuracy(learned, clip, val, &data.classes)?),
+            Some(val) => Some(match learned.tasks() {
+                Some(tasks) => tasks.mean_accuracy(learned, clip, val, &data.classes)?,
+                None => accuracy(learned, clip, val, &data.classes)?,
+            }),
             None => None,
         };
         let lr = recipe.schedule.rate_at(recipe.lr, step_of(steps - 1));

@@ -6,6 +6,7 @@ mod clip_cases;
 mod cocoop;
 mod kgcoop;
 mod multimodal_pt;
+mod mvlpt;
 mod objective;
 mod plot;
 mod preprocess;
@@ -61,6 +62,8 @@ fn runner(slug: &str, name: &str) -> Option<Runner> {
         ("maple", _) => multimodal_pt::maple,
         ("ivlp", _) => multimodal_pt::ivlp,
         ("deep-vpt", _) => multimodal_pt::deep_vpt,
+        ("upt", _) => multimodal_pt::upt,
+        ("mvlpt", _) => mvlpt::run,
         ("vp", _) => visual_pt::vp,
         _ => return None,
     })

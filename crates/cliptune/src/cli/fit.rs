@@ -1,5 +1,6 @@
 //! `cliptune fit`: learn from labelled images, write a prompt file.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::exit;
 use std::sync::Arc;
@@ -7,8 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use candle_core::Tensor;
 use cliptune::method::{AnyMethod, Entry, Predictor, Task};
-use cliptune::prompt_file::PromptFile;
+use cliptune::prompt_file::{self, PromptFile};
 use cliptune::run::CheckpointPlan;
 use cliptune::train::{self, Recipe};
 use cliptune::{Clip, Error, Labelled, Run, registry};
@@ -87,6 +89,9 @@ pub(crate) struct Fit {
     /// Any other setting, as `cliptune describe METHOD` prints them
     #[arg(long, value_name = "KEY=VALUE", help_heading = "Training")]
     set: Vec<String>,
+    /// Prompt file of the same method to begin with, in the place of the method's own start; of several the mean
+    #[arg(long, value_name = "FILE", help_heading = "Training")]
+    init: Vec<PathBuf>,
     /// Throw away what an unfinished run left and start over
     #[arg(long, help_heading = "Training")]
     fresh: bool,
@@ -110,6 +115,7 @@ struct Plan {
     subset: Subset,
     skip_bad_images: bool,
     cache: CachePlan,
+    init: Vec<PathBuf>,
     fresh: bool,
     checkpoint: CheckpointPlan,
     storage: StorageName,
@@ -197,6 +203,10 @@ impl Fit {
             subset: self.subset.or(file.subset).unwrap_or_default(),
             skip_bad_images: self.skip_bad_images || file.skip_bad_images.unwrap_or(false),
             cache,
+            init: match self.init.is_empty() {
+                true => file.init.unwrap_or_default(),
+                false => self.init.clone(),
+            },
             fresh: self.fresh || file.fresh.unwrap_or(false),
             checkpoint: CheckpointPlan {
                 path: checkpoint.into(),
@@ -246,8 +256,9 @@ impl Plan {
 
         let mut clip = model::load(&self.clip, self.storage, self.quiet)?;
         clip.set_memory_budget(self.memory.map(|mb| mb.saturating_mul(1_000_000)));
+        let start = self.start(&clip)?;
         let labelled = self.encode(&clip, &draw.labelled)?;
-        let predictor = self.train(&clip, &labelled)?;
+        let predictor = self.train(&clip, &labelled, start)?;
         let (train_accuracy, val_accuracy) = accuracies(predictor.as_ref(), &clip, &labelled)?;
         let epochs = predictor.training().map(|history| history.epochs.len());
         let kept = predictor.training().map(|history| history.kept);
@@ -346,12 +357,49 @@ impl Plan {
         )
     }
 
-    fn train(&self, clip: &Clip, labelled: &Labelled) -> Result<Box<dyn Predictor>> {
+    /// What the training begins with, if not with the method's own start.
+    fn start(&self, clip: &Clip) -> Result<Option<BTreeMap<String, Tensor>>> {
+        if self.init.is_empty() {
+            return Ok(None);
+        }
+        if self.method.config().get("train").is_none() {
+            bail!("--init: {} is not trained", self.entry.name);
+        }
+        let mut files = Vec::with_capacity(self.init.len());
+        for path in &self.init {
+            let file = PromptFile::load(path).context("--init cannot be read")?;
+            let name = path.display();
+            if file.method != self.entry.slug {
+                bail!(
+                    "--init {name}: a prompt of {}, this is a fit of {}; begin with one of the same method",
+                    file.method,
+                    self.entry.slug
+                );
+            }
+            file.check_clip(clip)
+                .with_context(|| format!("--init {name} does not fit"))?;
+            files.push(file);
+        }
+        let start = prompt_file::mean(&files).context("--init does not fit itself")?;
+        self.say(match files.len() {
+            1 => "begin     with what the prompt file holds".to_owned(),
+            n => format!("begin     with the mean of {n} prompt files"),
+        });
+        Ok(Some(start))
+    }
+
+    fn train(
+        &self,
+        clip: &Clip,
+        labelled: &Labelled,
+        start: Option<BTreeMap<String, Tensor>>,
+    ) -> Result<Box<dyn Predictor>> {
         let mut run = Run {
             seed: self.seed,
             progress: Box::new(Show::new(self.quiet)),
             checkpoint: Some(self.checkpoint.clone()),
             cancel: Arc::default(),
+            start,
         };
         let training = Arc::new(AtomicBool::new(true));
         stop_on_interrupt(run.cancel.clone(), training.clone());

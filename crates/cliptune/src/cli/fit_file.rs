@@ -29,6 +29,7 @@ pub(crate) struct FitFile {
     pub(crate) cache: Option<PathBuf>,
     pub(crate) no_cache: Option<bool>,
     pub(crate) skip_bad_images: Option<bool>,
+    pub(crate) init: Option<Vec<PathBuf>>,
     pub(crate) fresh: Option<bool>,
     pub(crate) quiet: Option<bool>,
     pub(crate) memory: Option<u64>,
@@ -56,6 +57,7 @@ impl FitFile {
         ]
         .into_iter()
         .flatten()
+        .chain(file.init.iter_mut().flatten())
         {
             *path = folder.join(&path);
         }

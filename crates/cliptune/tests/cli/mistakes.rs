@@ -38,6 +38,33 @@ fn unknown_names() {
 }
 
 #[test]
+fn beginnings_that_do_not_fit() {
+    let scene = Scene::with_photos(3);
+    scene.fit(&["--epochs", "1", "-o", "first"]);
+    let refused = |method: &str, args: &[&str], parts: &[&str]| {
+        let fit = [
+            "fit", "--clip", "CLIP", "--images", "photos", "--method", method, "-o", "second",
+        ];
+        scene.refused(&[&fit[..], args].concat(), parts);
+    };
+    refused("coop", &["--init", "absent"], &["--init", "absent"]);
+    refused(
+        "kgcoop",
+        &["--init", "first"],
+        &["--init first", "a prompt of coop", "a fit of kgcoop"],
+    );
+    refused(
+        "coop",
+        &["--init", "first", "--set", "n_ctx=3"],
+        &["`ctx` has shape [2,", "expected [3,"],
+    );
+    refused("zeroshot", &["--init", "first"], &["is not trained"]);
+    scene.write("fit.toml", "init = [\"first\", \"absent\"]\n");
+    let fit = fit_args(&["--config", "fit.toml", "-o", "second"]);
+    scene.refused(&fit, &["absent"]);
+}
+
+#[test]
 fn fit_files() {
     let scene = Scene::with_photos(1);
     for (text, parts) in [

@@ -13,6 +13,7 @@ use crate::learned::Learned;
 use crate::optim::Optimizer;
 use crate::params::Params;
 use crate::prompt_file::{read_safetensors, to_safetensors};
+use crate::run::Run;
 use crate::task::Labelled;
 use crate::{Clip, Error, Result};
 
@@ -78,7 +79,7 @@ pub(super) fn identity(
     clip: &Clip,
     data: &Labelled,
     settings: &Value,
-    seed: u64,
+    run: &Run,
     params: &Params,
 ) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
@@ -89,7 +90,7 @@ pub(super) fn identity(
     add(env!("CARGO_PKG_VERSION"));
     add(clip.weights_hash());
     add(&settings.to_string());
-    add(&seed.to_string());
+    add(&run.seed.to_string());
     data.classes.names().iter().for_each(|name| add(name));
     add(&data.train.fingerprint()?);
     if let Some(val) = &data.val {
@@ -97,6 +98,12 @@ pub(super) fn identity(
     }
     for param in params.iter() {
         add(&format!("{} {:?}", param.name(), param.tensor().dims()));
+        if run.start.is_some() {
+            add(&format!(
+                "{:?}",
+                param.value()?.flatten_all()?.to_vec1::<f32>()?
+            ));
+        }
     }
     Ok(hasher.finalize().to_hex().to_string())
 }
