@@ -49,7 +49,8 @@ pub(crate) struct Args {
     /// Methods, as `cliptune list` prints them [default: all]
     #[arg(long, value_delimiter = ',', value_name = "A,B")]
     methods: Vec<String>,
-    /// few-shot, base-to-new, cross-dataset, domain-shift, supervised [default: all that the data allow]
+    /// few-shot, base-to-new, cross-dataset, domain-shift, multi-task, supervised [default: all that
+    /// the data allow]
     #[arg(long, value_delimiter = ',', value_name = "A,B")]
     protocols: Vec<String>,
     /// Tasks of the built-in benchmark [default: those with something to learn; zero-shot on all]
@@ -261,6 +262,7 @@ impl Args {
             method: run.contestant.entry.slug.to_owned(),
             config: run.config.clone(),
             also_on: run.also_on.iter().map(titled).collect(),
+            before: run.before.clone(),
             revision: revision.clone(),
         };
         Ok(missing.iter().map(|run| (run.clone(), job(run))).collect())

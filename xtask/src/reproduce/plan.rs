@@ -2,6 +2,7 @@
 
 use anyhow::{Result, bail};
 use cliptune::ImageNeeds;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::builtin;
@@ -28,6 +29,17 @@ pub(crate) struct Planned {
     pub(crate) config: Value,
     /// Slugs of further tasks whose test pictures are measured on.
     pub(crate) also_on: Vec<String>,
+    /// What is learned before, if anything is.
+    pub(crate) before: Option<Before>,
+}
+
+/// Tasks that are learned together before a run's own.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Before {
+    /// Their slugs.
+    pub(crate) tasks: Vec<String>,
+    /// The settings for that.
+    pub(crate) config: Value,
 }
 
 impl Planned {
@@ -178,6 +190,9 @@ impl Part<'_> {
             Protocol::DomainShift => {
                 builtin && task.slug == builtin::SHIFT_FROM && wanted(&[builtin::SHIFT_FROM])
             }
+            Protocol::MultiTask => {
+                builtin && contestant.is_multi_task() && wanted(builtin::MULTI_TASK_TO)
+            }
             Protocol::Supervised => {
                 let takes_part = contestant.is_fixed() || contestant.is_supervised();
                 builtin && takes_part && wanted(builtin::SUPERVISED)
@@ -194,6 +209,7 @@ impl Part<'_> {
             _ if matches!(self.source, Source::DataSet { .. }) => {
                 "is there for the built-in tasks only".to_owned()
             }
+            Protocol::MultiTask => "needs a method that learns many tasks as one: mvlpt".to_owned(),
             Protocol::Supervised => "there is no task".to_owned(),
             Protocol::CrossDataset => starts_from(builtin::CROSS_FROM),
             Protocol::DomainShift => starts_from(builtin::SHIFT_FROM),
@@ -222,6 +238,10 @@ impl Part<'_> {
                 seed,
             },
             config: contestant.config(&task.template, drawn)?,
+            before: match self.protocol {
+                Protocol::MultiTask => Some(self.before(task, contestant, shots)?),
+                _ => None,
+            },
             contestant: contestant.clone(),
             task: task.clone(),
             also_on: match self.protocol {
@@ -231,6 +251,21 @@ impl Part<'_> {
                 Protocol::DomainShift => builtin::shifted(&task.slug),
                 _ => Vec::new(),
             },
+        })
+    }
+}
+
+impl Part<'_> {
+    /// The other tasks, and the settings to learn them with.
+    fn before(&self, task: &Task, contestant: &Contestant, shots: usize) -> Result<Before> {
+        let others = |known: &&Task| {
+            known.slug != task.slug && builtin::MULTI_TASK_FROM.contains(&known.slug.as_str())
+        };
+        let others: Vec<&Task> = self.known.iter().filter(others).collect();
+        let n_cls = others.iter().map(|task| task.n_cls).sum();
+        Ok(Before {
+            tasks: others.iter().map(|task| task.slug.clone()).collect(),
+            config: contestant.config(&task.template, Some(Drawn { shots, n_cls }))?,
         })
     }
 }
@@ -321,12 +356,29 @@ mod tests {
             builtin::BASE_TO_NEW,
             &[builtin::CROSS_FROM, builtin::SHIFT_FROM],
             builtin::CROSS_TO,
+            builtin::MULTI_TASK_FROM,
+            builtin::MULTI_TASK_TO,
             builtin::SUPERVISED,
         ]
         .concat();
         for task in defaults {
             assert!(known.iter().any(|slug| slug == task), "{task}");
         }
+    }
+
+    #[test]
+    fn many_tasks_come_before_the_one_that_is_measured() -> Result<()> {
+        let mut wish = wish(&[], &[Protocol::MultiTask])?;
+        let refused = plan(&wish, &source()).unwrap_err().to_string();
+        assert!(refused.contains("mvlpt"), "{refused}");
+        wish.contestants = choose(&["mvlpt".into()], &[])?;
+        let runs = plan(&wish, &source())?;
+        assert_eq!(runs.len(), builtin::MULTI_TASK_TO.len() * 3);
+        for run in runs {
+            let tasks = run.before.map(|before| before.tasks).unwrap_or_default();
+            assert_eq!(tasks, builtin::MULTI_TASK_FROM);
+        }
+        Ok(())
     }
 
     #[test]

@@ -42,16 +42,19 @@ pub(crate) enum Protocol {
     CrossDataset,
     /// Trained on pictures in the usual style; measured in other styles.
     DomainShift,
+    /// Trained on other tasks together first, and from there on a few pictures of every class; measured on others of these.
+    MultiTask,
     /// Trained on every training picture there is; measured on others of the same classes.
     Supervised,
 }
 
 impl Protocol {
-    pub(crate) const ALL: [Self; 5] = [
+    pub(crate) const ALL: [Self; 6] = [
         Self::FewShot,
         Self::BaseToNew,
         Self::CrossDataset,
         Self::DomainShift,
+        Self::MultiTask,
         Self::Supervised,
     ];
 
@@ -62,6 +65,7 @@ impl Protocol {
             Self::BaseToNew => "base-to-new",
             Self::CrossDataset => "cross-dataset",
             Self::DomainShift => "domain-shift",
+            Self::MultiTask => "multi-task",
             Self::Supervised => "supervised",
         }
     }

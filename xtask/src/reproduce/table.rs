@@ -11,6 +11,7 @@ pub(crate) fn text(results: &Results) -> String {
         base_to_new(results),
         elsewhere(results, Protocol::CrossDataset),
         elsewhere(results, Protocol::DomainShift),
+        multi_task(results),
         supervised(results),
         zero_shot(results),
         legend(results),
@@ -172,6 +173,27 @@ pub(crate) fn style<'a>(name: &'a str, task: &str) -> &'a str {
         Some(rest) => rest.strip_prefix('-').unwrap_or(name),
         None => name,
     }
+}
+
+/// Accuracy after other tasks, beside that without them.
+fn multi_task(results: &Results) -> String {
+    let heading = ["task", "method", "shots", "alone, %", "after others, %"];
+    let mut table = Table::new(&heading, 2);
+    for task in results.tasks(Protocol::MultiTask) {
+        for who in results.who(Protocol::MultiTask, task) {
+            for shots in results.shots(Protocol::MultiTask, task) {
+                let runs = results.runs(Protocol::MultiTask, task, &who, shots);
+                table.row([
+                    task.to_owned(),
+                    who.label.clone(),
+                    shots.to_string(),
+                    shown(results.few_shot(task, &who, shots)),
+                    shown(Stat::of(runs.filter_map(|r| r.accuracy("test")))),
+                ]);
+            }
+        }
+    }
+    table.titled("Multi-task: begun with what other tasks taught")
 }
 
 /// Accuracy and cost where every training picture was shown.

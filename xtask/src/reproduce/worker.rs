@@ -1,5 +1,6 @@
 //! One run, in a process of its own, so that its memory is its own and its death nobody else's.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -13,12 +14,15 @@ use cliptune::method::{ClipId, Predictor, Task as MethodData};
 use cliptune::task::{ImageBatch, Test};
 use cliptune::train::{self, EVALUATION_BATCH, Recipe};
 use cliptune::visual_prompt::VisualPrompts;
-use cliptune::{Classes, Clip, ImageNeeds, ImageSource, Labelled, Run, Split, View, ops, registry};
+use cliptune::{
+    Classes, Clip, ImageNeeds, ImageSource, Labelled, Run, Split, View, ops, registry, tasks,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::added;
 use super::folder::{FEATURES, PICTURES};
+use super::plan::Before;
 use super::record::{
     Attention, DataNote, FORMAT, Machine, Measured, Protocol, Record, Revision, RunKey, Sample,
     Seconds, TaskNote,
@@ -42,6 +46,8 @@ pub(crate) struct Job {
     pub(crate) config: Value,
     /// Slug and title of further tasks that are measured on.
     pub(crate) also_on: Vec<(String, String)>,
+    /// What is learned before, if anything is.
+    pub(crate) before: Option<Before>,
     pub(crate) revision: Option<Revision>,
 }
 
@@ -86,6 +92,9 @@ impl Job {
 
         let started = Instant::now();
         let mut run = Run::quiet(self.key.seed);
+        if let Some(before) = &self.before {
+            run.start = Some(self.learned_before(&clip, before)?);
+        }
         let predictor = method.fit(&clip, MethodData::Labelled(&labelled), &mut run)?;
         let fit = started.elapsed().as_secs_f64();
 
@@ -157,7 +166,7 @@ impl Job {
             classes: drawn.labelled.classes.clone(),
         };
         Ok(match self.key.protocol {
-            Protocol::FewShot | Protocol::Supervised => {
+            Protocol::FewShot | Protocol::MultiTask | Protocol::Supervised => {
                 let tests = vec![test("test", &self.task.title, task, &drawn)];
                 (drawn.labelled, tests)
             }
@@ -179,6 +188,26 @@ impl Job {
                 (drawn.labelled, tests)
             }
         })
+    }
+
+    /// What the method learns of other tasks together, as many pictures of each class as of the run's own.
+    fn learned_before(&self, clip: &Clip, before: &Before) -> Result<BTreeMap<String, Tensor>> {
+        let RunKey { shots, seed, .. } = self.key;
+        let drawn = |slug: &String| self.source.open(slug)?.few_shot(shots, seed);
+        let drawn: Vec<FewShot> = before.tasks.iter().map(drawn).collect::<Result<_>>()?;
+        let named = before.tasks.iter().map(String::as_str);
+        let parts: Vec<_> = named
+            .zip(drawn.iter().map(|drawn| &drawn.labelled))
+            .collect();
+        let (labelled, tasks) = tasks::union(&parts)?;
+        let mut config = before.config.clone();
+        if let Some(config) = config.as_object_mut() {
+            config.insert("tasks".into(), serde_json::to_value(&tasks)?);
+        }
+        let method = (registry::find(&self.method)?.configure)(&config)?;
+        let mut run = Run::quiet(seed);
+        let predictor = method.fit(clip, MethodData::Labelled(&labelled), &mut run)?;
+        Ok(predictor.tensors()?.into_iter().collect())
     }
 
     /// The same data from the feature cache, where the method reads features.

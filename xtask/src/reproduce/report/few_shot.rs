@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 
 use super::charts::{Chart, Point, Series};
 use super::html::{Table, escape};
-use super::words::{about, title};
+use super::words::{about, listed, title};
+use crate::reproduce::builtin::MULTI_TASK_FROM;
 use crate::reproduce::record::{Protocol, count};
 use crate::reproduce::summary::{Results, Stat, Who};
-use crate::reproduce::table::{fit_time, memory, thousands};
+use crate::reproduce::table::{fit_time, memory, shown, thousands};
 
 /// Main table, curves, cost.
 pub(super) fn few_shot(results: &Results) -> String {
@@ -49,6 +50,39 @@ fn threads(results: &Results) -> String {
         [only] => count(*only, "thread"),
         _ => "a number of threads that differs between the runs".to_owned(),
     }
+}
+
+/// Accuracy after other tasks, beside that without them.
+pub(super) fn multi_task(results: &Results) -> String {
+    let tasks = results.tasks(Protocol::MultiTask);
+    if tasks.is_empty() {
+        return String::new();
+    }
+    let mut table = Table::new(&["method", "alone, %", "after other tasks, %"]);
+    for task in &tasks {
+        for shots in results.shots(Protocol::MultiTask, task) {
+            table.group(&format!(
+                "{}, {}",
+                title(results, task),
+                count(shots, "shot")
+            ));
+            for who in results.who(Protocol::MultiTask, task) {
+                let runs = results.runs(Protocol::MultiTask, task, &who, shots);
+                let row = [
+                    who.label.clone(),
+                    shown(results.few_shot(task, &who, shots)),
+                    shown(Stat::of(runs.filter_map(|r| r.accuracy("test")))),
+                ];
+                table.row(&row, None);
+            }
+        }
+    }
+    let others: Vec<String> = MULTI_TASK_FROM.iter().map(ToString::to_string).collect();
+    format!(
+        "<p>The tasks {} are learned together first, with as many pictures of each class, and from there the task itself.</p>\n{}",
+        listed(&others),
+        table.finish()
+    )
 }
 
 /// Accuracy and cost where every training picture was shown.

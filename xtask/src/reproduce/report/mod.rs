@@ -41,6 +41,11 @@ pub(crate) fn html(results: &Results, out: &Path) -> String {
             "Domain shift",
             transfer::elsewhere(results, Protocol::DomainShift, out),
         ),
+        (
+            "multi-task",
+            "Many tasks first",
+            few_shot::multi_task(results),
+        ),
         ("supervised", "Supervised", few_shot::supervised(results)),
         (
             "attention",

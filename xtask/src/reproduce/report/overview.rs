@@ -203,6 +203,7 @@ fn tasks_in_words(results: &Results) -> String {
         ("base-to-new on", results.tasks(Protocol::BaseToNew)),
         ("cross-dataset from", results.tasks(Protocol::CrossDataset)),
         ("domain shift from", results.tasks(Protocol::DomainShift)),
+        ("after other tasks on", results.tasks(Protocol::MultiTask)),
         ("supervised on", results.tasks(Protocol::Supervised)),
     ];
     for (what, tasks) in parts.iter().filter(|(_, tasks)| !tasks.is_empty()) {
