@@ -425,15 +425,27 @@ pub fn nearest_words(
 /// # Errors
 /// [`Error::Prompt`] if there is none, [`Error::Shape`] if it is something else.
 pub fn sizes_in(state: &TorchState, tower: &TextTower) -> Result<(Option<usize>, usize)> {
+    sizes_of(KEY, state, tower)
+}
+
+/// As [`sizes_in`] where the context has another key, such as that of the whole model.
+///
+/// # Errors
+/// As [`sizes_in`].
+pub fn sizes_of(
+    key: &str,
+    state: &TorchState,
+    tower: &TextTower,
+) -> Result<(Option<usize>, usize)> {
     let ctx = state
         .tensors
-        .get(KEY)
-        .ok_or_else(|| Error::Prompt(format!("the checkpoint holds no `{KEY}`")))?;
+        .get(key)
+        .ok_or_else(|| Error::Prompt(format!("the checkpoint holds no `{key}`")))?;
     match *ctx.dims() {
         [n_ctx, _] => Ok((None, n_ctx)),
         [contexts, n_ctx, _] => Ok((Some(contexts), n_ctx)),
         _ => Err(Error::Shape {
-            what: format!("`{KEY}` of the checkpoint"),
+            what: format!("`{key}` of the checkpoint"),
             found: ctx.dims().to_vec(),
             expected: vec![16, tower.width()],
         }),

@@ -1,13 +1,14 @@
 //! Small learned networks beside the frozen towers.
 
+use candle_core::{DType, Device, Tensor};
+
 use crate::{Param, Params, Result, ops};
-use candle_core::Tensor;
 
 /// A learned affine map `y = x·wᵀ + b` that starts as PyTorch's `Linear` does: weight and bias from U(−1/√in, 1/√in).
 #[derive(Clone, Debug)]
 pub struct Affine {
     weight: Param,
-    bias: Param,
+    bias: Option<Param>,
 }
 
 impl Affine {
@@ -16,15 +17,31 @@ impl Affine {
     /// # Errors
     /// [`crate::Error::Config`] if a width is 0 or a name is taken.
     pub fn new(params: &mut Params, name: &str, (outputs, inputs): (usize, usize)) -> Result<Self> {
+        let map = Self::without_bias(params, name, (outputs, inputs))?;
+        let bias = params.uniform(&format!("{name}.bias"), outputs, range(inputs))?;
+        Ok(Self {
+            bias: Some(bias),
+            ..map
+        })
+    }
+
+    /// A linear map `y = x·wᵀ` under the key `<name>.weight (out, in)`.
+    ///
+    /// # Errors
+    /// As [`Affine::new`].
+    pub fn without_bias(
+        params: &mut Params,
+        name: &str,
+        (outputs, inputs): (usize, usize),
+    ) -> Result<Self> {
         if outputs == 0 || inputs == 0 {
             let found = format!("{inputs} to {outputs}");
             return Err(crate::Error::config(name, found, "widths of at least 1"));
         }
-        let bound = 1.0 / (inputs as f64).sqrt();
-        let range = (-bound, bound);
+        let shape = (outputs, inputs);
         Ok(Self {
-            weight: params.uniform(&format!("{name}.weight"), (outputs, inputs), range)?,
-            bias: params.uniform(&format!("{name}.bias"), outputs, range)?,
+            weight: params.uniform(&format!("{name}.weight"), shape, range(inputs))?,
+            bias: None,
         })
     }
 
@@ -33,9 +50,12 @@ impl Affine {
     /// # Errors
     /// [`crate::Error::Config`] if the name is taken.
     pub fn copied(params: &mut Params, name: &str, other: &Self) -> Result<Self> {
+        let weight = params.copied(&format!("{name}.weight"), other.weight.tensor())?;
+        let bias = other.bias.as_ref();
+        let bias = bias.map(|bias| params.copied(&format!("{name}.bias"), bias.tensor()));
         Ok(Self {
-            weight: params.copied(&format!("{name}.weight"), other.weight.tensor())?,
-            bias: params.copied(&format!("{name}.bias"), other.bias.tensor())?,
+            weight,
+            bias: bias.transpose()?,
         })
     }
 
@@ -44,8 +64,47 @@ impl Affine {
     /// # Errors
     /// [`crate::Error::Shape`] if `x` has another width.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (weight, bias) = (self.weight.tensor().clone(), self.bias.tensor().clone());
-        ops::Linear::learned(weight, Some(bias))?.forward(x)
+        let bias = self.bias.as_ref().map(|bias| bias.tensor().clone());
+        ops::Linear::learned(self.weight.tensor().clone(), bias)?.forward(x)
+    }
+}
+
+/// What a map of so many inputs starts from.
+fn range(inputs: usize) -> (f64, f64) {
+    let bound = 1.0 / (inputs as f64).sqrt();
+    (-bound, bound)
+}
+
+/// A learned LayerNorm over the last axis, epsilon 1e-5, that starts with a gain of 1 and a bias of 0.
+#[derive(Clone, Debug)]
+pub struct Norm {
+    gain: Param,
+    bias: Param,
+}
+
+impl Norm {
+    /// A LayerNorm under the keys `<name>.weight (width)`, the gain, and `<name>.bias (width)`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] if the name is taken.
+    pub fn new(params: &mut Params, name: &str, width: usize) -> Result<Self> {
+        let (one, zero) = (
+            Tensor::ones(width, DType::F32, &Device::Cpu)?,
+            Tensor::zeros(width, DType::F32, &Device::Cpu)?,
+        );
+        Ok(Self {
+            gain: params.copied(&format!("{name}.weight"), &one)?,
+            bias: params.copied(&format!("{name}.bias"), &zero)?,
+        })
+    }
+
+    /// `(.., width)` → `(.., width)`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] if `x` has another width.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (gain, bias) = (self.gain.tensor().clone(), self.bias.tensor().clone());
+        ops::LayerNorm::Learned { gain, bias }.forward(x)
     }
 }
 
@@ -120,7 +179,7 @@ impl Mlp {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
+    use candle_core::D;
 
     #[test]
     fn it_is_an_affine_map_with_the_usual_start() -> Result<()> {
@@ -136,7 +195,7 @@ mod tests {
         let x = Tensor::arange(0f32, 32.0, &Device::Cpu)?.reshape((2, 16))?;
         let expected = x
             .matmul(&map.weight.tensor().t()?)?
-            .broadcast_add(map.bias.tensor())?;
+            .broadcast_add(&params.tensors()?[1].1)?;
         let error = (map.forward(&x)? - expected)?.abs()?.max_all()?;
         assert!(error.to_scalar::<f32>()? < 1e-4);
         assert!(map.forward(&x.reshape((4, 8))?).is_err());
@@ -147,6 +206,40 @@ mod tests {
         assert!(Affine::copied(&mut params, "net.1", &map).is_err());
         Ok(())
     }
+
+    #[test]
+    fn without_a_bias_it_is_linear() -> Result<()> {
+        let mut params = Params::new(3);
+        let map = Affine::without_bias(&mut params, "net", (3, 16))?;
+        Affine::copied(&mut params, "copy", &map)?;
+        let names: Vec<_> = params.iter().map(Param::name).collect();
+        assert_eq!(names, ["net.weight", "copy.weight"]);
+        let x = Tensor::arange(0f32, 64.0, &Device::Cpu)?.reshape((2, 2, 16))?;
+        let twice = (map.forward(&x)? * 2.0)?;
+        let error = (map.forward(&(&x * 2.0)?)? - twice)?.abs()?.max_all()?;
+        assert_eq!(error.to_scalar::<f32>()?, 0.0);
+        assert!(Affine::without_bias(&mut params, "empty", (0, 16)).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn a_norm_starts_with_mean_zero_and_variance_one() -> Result<()> {
+        let mut params = Params::new(3);
+        let norm = Norm::new(&mut params, "ln", 16)?;
+        let x = Tensor::arange(0f32, 64.0, &Device::Cpu)?.reshape((2, 2, 16))?;
+        let (y, far) = (norm.forward(&x)?, norm.forward(&(&x + 1000.0)?)?);
+        let largest = |t: Tensor| -> Result<f32> { Ok(t.abs()?.max_all()?.to_scalar()?) };
+        assert!(largest(y.mean(D::Minus1)?)? < 1e-5);
+        assert!(largest((y.sqr()?.mean(D::Minus1)? - 1.0)?)? < 1e-4);
+        assert!(largest((&y - far)?)? < 1e-3);
+        let weight = params.get("ln.weight").ok_or(crate::Error::Cancelled)?;
+        weight.set(&(weight.value()? * 3.0)?)?;
+        let error = (norm.forward(&x)? - (y * 3.0)?)?;
+        assert!(largest(error)? < 1e-5);
+        assert!(norm.forward(&x.reshape((8, 8))?).is_err());
+        Ok(())
+    }
+
     #[test]
     fn nonlinearities_stand_between_the_maps_alone() -> Result<()> {
         let x = Tensor::new(&[[-200.0f32, -1.0, 0.0, 2.0, 200.0]], &Device::Cpu)?;

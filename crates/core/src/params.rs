@@ -48,6 +48,8 @@ impl Param {
 pub struct Params {
     seed: u64,
     list: Vec<Param>,
+    /// What the names of new parameters begin with.
+    prefix: String,
 }
 
 impl Params {
@@ -56,7 +58,24 @@ impl Params {
         Self {
             seed,
             list: Vec::new(),
+            prefix: String::new(),
         }
+    }
+
+    /// Lets the names of all that `make` makes begin with `prefix`, as the keys of a module's parameters do.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub fn below<T>(
+        &mut self,
+        prefix: &str,
+        make: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<T> {
+        let outer = self.prefix.len();
+        self.prefix.push_str(prefix);
+        let made = make(self);
+        self.prefix.truncate(outer);
+        made
     }
 
     /// The seed that what is drawn depends on.
@@ -70,7 +89,7 @@ impl Params {
     /// [`Error::Config`] if the name is taken.
     pub fn normal(&mut self, name: &str, shape: impl Into<Shape>, std: f64) -> Result<Param> {
         let shape = shape.into();
-        let mut rng = Rng::stream(self.seed, &format!("init/{name}"), &[]);
+        let mut rng = self.stream(name);
         let values: Vec<f32> = rng
             .normal(shape.elem_count())
             .into_iter()
@@ -90,7 +109,7 @@ impl Params {
         (low, high): (f64, f64),
     ) -> Result<Param> {
         let shape = shape.into();
-        let mut rng = Rng::stream(self.seed, &format!("init/{name}"), &[]);
+        let mut rng = self.stream(name);
         let values: Vec<f32> = (0..shape.elem_count())
             .map(|_| (low + (high - low) * rng.uniform()) as f32)
             .collect();
@@ -105,13 +124,19 @@ impl Params {
         self.add(name, value.to_dtype(DType::F32)?)
     }
 
+    /// What a new parameter is drawn from.
+    fn stream(&self, name: &str) -> Rng {
+        Rng::stream(self.seed, &format!("init/{}{name}", self.prefix), &[])
+    }
+
     fn add(&mut self, name: &str, value: Tensor) -> Result<Param> {
-        if self.get(name).is_some() {
+        let name = format!("{}{name}", self.prefix);
+        if self.get(&name).is_some() {
             return Err(Error::config("parameter", name, "the name is taken"));
         }
         // A copy: a variable is updated in place, and must not share memory with what it started from.
         let param = Param {
-            name: name.to_owned(),
+            name,
             var: Var::from_tensor(&value.detach().copy()?)?,
         };
         self.list.push(param.clone());
@@ -133,6 +158,7 @@ impl Params {
         Self {
             seed: self.seed,
             list: self.list.iter().filter(|p| keep(p)).cloned().collect(),
+            prefix: String::new(),
         }
     }
 
@@ -347,6 +373,29 @@ mod tests {
         };
         assert_eq!(draw(1, &["ctx", "other"])?, draw(1, &["other", "ctx"])?);
         assert_ne!(draw(1, &["ctx"])?, draw(2, &["ctx"])?);
+        Ok(())
+    }
+
+    #[test]
+    fn a_prefix_ends_with_what_is_made_below_it() -> Result<()> {
+        let mut params = Params::new(1);
+        params.below("a.", |params| {
+            params.normal("x", 2, 1.0)?;
+            params.below("b.", |params| params.uniform("x", 2, (0.0, 1.0)))
+        })?;
+        let failed = params.below("c.", |_| -> Result<()> { Err(Error::Cancelled) });
+        assert!(failed.is_err());
+        params.copied("x", &Tensor::zeros(2, DType::F32, &Device::Cpu)?)?;
+        let names: Vec<_> = params.iter().map(Param::name).collect();
+        assert_eq!(names, ["a.x", "a.b.x", "x"]);
+        // What is drawn depends on the whole name.
+        let mut whole = Params::new(1);
+        whole.normal("a.x", 2, 1.0)?;
+        let value = |params: &Params| -> Result<Vec<f32>> {
+            let param = params.get("a.x").ok_or(Error::Cancelled)?;
+            Ok(param.value()?.to_vec1()?)
+        };
+        assert_eq!(value(&whole)?, value(&params)?);
         Ok(())
     }
 

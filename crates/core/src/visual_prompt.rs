@@ -169,6 +169,11 @@ impl VisualPrompts {
         self.norms = Some(norms);
     }
 
+    /// Whether no tokens join or leave.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.joins.is_empty() && self.replaced.is_empty()
+    }
+
     /// Number of sets, if any tokens come in sets.
     fn sets(&self) -> Result<Option<usize>> {
         let mut sets = None;
