@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+pub mod cavpt;
 pub mod deep_vpt;
 pub mod ivlp;
 pub mod maple;
@@ -7,9 +8,10 @@ mod sides;
 
 use cliptune_core::method::Entry;
 
+pub use cavpt::{Cavpt, CavptConfig};
 pub use deep_vpt::{DeepVpt, DeepVptConfig};
 pub use ivlp::{Ivlp, IvlpConfig};
 pub use maple::{MaPLe, MaPLeConfig};
 
 /// The family's methods, in the order in which they are listed. A new method adds its file and its line here.
-pub const METHODS: &[Entry] = &[maple::ENTRY, ivlp::ENTRY, deep_vpt::ENTRY];
+pub const METHODS: &[Entry] = &[maple::ENTRY, ivlp::ENTRY, deep_vpt::ENTRY, cavpt::ENTRY];

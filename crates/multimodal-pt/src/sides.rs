@@ -192,6 +192,23 @@ pub(crate) fn rows_of(state: &TorchState, key: &str) -> Result<usize> {
     }
 }
 
+/// Blocks and rows of prompts that a checkpoint of the authors' code holds as one tensor, `(blocks, rows, width)`.
+///
+/// # Errors
+/// As [`rows_of`].
+pub(crate) fn leading_of(state: &TorchState, key: &str) -> Result<[usize; 2]> {
+    let missing = || Error::Prompt(format!("the checkpoint holds no `{key}`"));
+    let tensor = state.tensors.get(key).ok_or_else(missing)?;
+    match *tensor.dims() {
+        [blocks, rows, _] => Ok([blocks, rows]),
+        _ => Err(Error::Shape {
+            what: format!("`{key}` of the checkpoint"),
+            found: tensor.dims().to_vec(),
+            expected: vec![11, 10, tensor.dims().last().copied().unwrap_or(0)],
+        }),
+    }
+}
+
 /// Compares images, seen with constant prompts, with one fixed feature per class.
 #[derive(Debug)]
 pub(crate) struct PromptedClassifier<'a> {

@@ -1,6 +1,7 @@
 //! `cargo xtask parity`: builds each case's method from its `config`, runs it, and compares with what the authors' code gave.
 
 mod case;
+mod cavpt;
 mod check;
 mod clip_cases;
 mod cocoop;
@@ -60,6 +61,7 @@ fn runner(slug: &str, name: &str) -> Option<Runner> {
         ("maple", _) => multimodal_pt::maple,
         ("ivlp", _) => multimodal_pt::ivlp,
         ("deep-vpt", _) => multimodal_pt::deep_vpt,
+        ("cavpt", _) => cavpt::run,
         _ => return None,
     })
 }
