@@ -47,6 +47,8 @@ fn rows_are_listed() -> TestResult {
         "cocoop",
         "plot",
         "vpt",
+        "maple",
+        "deep-vpt",
         "zeroshot",
         "vit-b16",
         "rn50",
@@ -83,7 +85,7 @@ fn ours_equals_candle_in_every_row() -> TestResult {
     assert!(output.status.success(), "{}", text(&output.stderr));
     let results: Value = serde_json::from_slice(&std::fs::read(result(dir.path(), "json")?)?)?;
     let rows = results["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 8);
+    assert_eq!(rows.len(), 10);
     let page = std::fs::read_to_string(result(dir.path(), "md")?)?;
     for row in rows {
         let name = row["row"].as_str().unwrap();
@@ -124,6 +126,24 @@ fn ours_equals_candle_in_every_row() -> TestResult {
                 "logits",
                 "loss",
             ],
+            "maple" => &[
+                "grad.prompt_learner.compound_prompt_projections.0.bias",
+                "grad.prompt_learner.compound_prompt_projections.0.weight",
+                "grad.prompt_learner.compound_prompts_text.0",
+                "grad.prompt_learner.ctx",
+                "grad.prompt_learner.proj.bias",
+                "grad.prompt_learner.proj.weight",
+                "image_features",
+                "logits",
+                "text_features",
+            ],
+            "deep-vpt" => &[
+                "grad.image_encoder.VPT",
+                "grad.image_encoder.transformer.resblocks.1.VPT_shallow",
+                "grad.image_encoder.transformer.resblocks.2.VPT_shallow",
+                "image_features",
+                "logits",
+            ],
             "zeroshot" => &["features", "weights"],
             _ => &["features"],
         };
@@ -143,7 +163,7 @@ fn a_wrong_result_fails_the_row() -> TestResult {
     let dir = tempfile::tempdir()?;
     assert!(bench(dir.path(), &["--row", "vit-b16"])?.status.success());
     // The same row with other weights for one of the two would need a fault; a file of inputs that is not a number is one.
-    let inputs = dir.path().join("work/inputs-vit-b16-tiny-1.safetensors");
+    let inputs = dir.path().join("work/inputs-vit-b16-tiny-2.safetensors");
     let mut bytes = std::fs::read(&inputs)?;
     let last = bytes.len() - 4;
     bytes[last..].copy_from_slice(&f32::NAN.to_le_bytes());
@@ -171,8 +191,8 @@ fn a_worker_speaks_the_protocol() -> TestResult {
     let job = json!({
         "contender": "ours",
         "task": { "kind": "coop", "classes": 100, "graph": 100, "n_ctx": 16, "batch": 32 },
-        "weights": work.join("weights-vit-b16-text-tiny-1.safetensors"),
-        "inputs": work.join("inputs-coop-100-tiny-1.safetensors"),
+        "weights": work.join("weights-vit-b16-text-tiny-2.safetensors"),
+        "inputs": work.join("inputs-coop-100-tiny-2.safetensors"),
         "threads": 1,
     });
     let outputs = dir.path().join("outputs.safetensors");

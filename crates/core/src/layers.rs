@@ -77,7 +77,7 @@ impl Affine {
         let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu);
         Ok(Self {
             weight: params.copied(&format!("{name}.weight"), &zeros(&[outputs, inputs])?)?,
-            bias: params.copied(&format!("{name}.bias"), &zeros(&[outputs])?)?,
+            bias: Some(params.copied(&format!("{name}.bias"), &zeros(&[outputs])?)?),
         })
     }
 

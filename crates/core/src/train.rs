@@ -264,6 +264,12 @@ pub trait Objective: std::fmt::Debug {
         Ok(())
     }
 
+    /// The learning rate of a parameter in `epoch` (from 0) of `epochs`, for methods whose parameters do not all learn at the
+    /// recipe's rate; `None` is the recipe's.
+    fn rate(&self, _param: &str, _epoch: usize, _epochs: usize) -> Option<f64> {
+        None
+    }
+
     /// Looks at the parameters after an epoch, of which `done` are over; `false` ends the training there.
     ///
     /// # Errors
@@ -310,7 +316,7 @@ pub trait Objective: std::fmt::Debug {
 pub struct EpochRecord {
     /// Epoch, counted from 1.
     pub epoch: usize,
-    /// Learning rate, of its last step.
+    /// Learning rate, of its last step; the recipe's, where parameters have rates of their own.
     pub lr: f64,
     /// Mean loss.
     pub loss: f64,
@@ -522,7 +528,9 @@ pub fn train<O: Objective>(
                 classes: &classes,
             };
             let (loss, gradients) = gradients(learned, clip, &batch, step)?;
-            optimizer.step(learned.params(), &gradients, |_| lr)?;
+            optimizer.step(learned.params(), &gradients, |param| {
+                learned.rate(param, epoch, epochs).unwrap_or(lr)
+            })?;
             saved.tally.loss += f64::from(loss.total.to_scalar::<f32>()?);
             saved.tally.correct += loss
                 .logits

@@ -169,6 +169,11 @@ impl VisualPrompts {
         self.norms = Some(norms);
     }
 
+    /// Whether no tokens join or leave.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.joins.is_empty() && self.replaced.is_empty()
+    }
+
     /// What is declared for blocks below `block`.
     pub(crate) fn below(&self, block: usize) -> Self {
         let mut below = self.clone();

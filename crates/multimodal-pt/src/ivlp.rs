@@ -194,12 +194,18 @@ impl Learner for Ivlp {
         config.n_ctx_text = sides::rows_of(state, sides::CTX)?;
         config.prompt_depth_text = Some(1 + sides::count(state, 1, text_prompt));
         let depth = sides::count(state, 0, VisualSide::key);
-        // Without image prompts it is whole only if none are asked for.
-        config.n_ctx_vision = match (depth, config.is_text_only()) {
-            (0, true) => 0,
+        // No visual prompts, or lost ones: only the settings can tell.
+        if depth == 0 && !config.is_text_only() {
+            return Err(Error::Prompt(format!(
+                "the checkpoint holds no `{}`; if only language prompts were learned, set prompt_depth_vision = 0",
+                VisualSide::key(0)
+            )));
+        }
+        config.prompt_depth_vision = Some(depth);
+        config.n_ctx_vision = match depth {
+            0 => 0,
             _ => sides::rows_of(state, &VisualSide::key(0))?,
         };
-        config.prompt_depth_vision = Some(depth);
         Ok(())
     }
 }

@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+pub mod cavpt;
 mod coupling;
 pub mod deep_vpt;
 pub mod ivlp;
@@ -10,6 +11,7 @@ pub mod upt;
 
 use cliptune_core::method::Entry;
 
+pub use cavpt::{Cavpt, CavptConfig};
 pub use coupling::Interaction;
 pub use deep_vpt::{DeepVpt, DeepVptConfig};
 pub use ivlp::{Ivlp, IvlpConfig};
@@ -24,4 +26,5 @@ pub const METHODS: &[Entry] = &[
     deep_vpt::ENTRY,
     upt::ENTRY,
     mvlpt::ENTRY,
+    cavpt::ENTRY,
 ];

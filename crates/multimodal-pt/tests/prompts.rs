@@ -210,6 +210,22 @@ fn checkpoints_say_how_deep_they_are() -> Result<()> {
         };
         assert!(import(&empty, &json!({}), &clip, &classes).is_err());
     }
+    // Whether visual prompts are missing or were never there, only the settings can tell.
+    let language = IvlpConfig {
+        prompt_depth_vision: Some(0),
+        ..IvlpConfig::default()
+    };
+    let state = TorchState {
+        tensors: Learned::<Ivlp>::new(&language, &clip, &classes, 2)?
+            .tensors()?
+            .into_iter()
+            .collect(),
+        epoch: None,
+    };
+    let import = |settings| Learned::<Ivlp>::import(&state, &settings, &clip, &classes).map(|_| ());
+    let refused = import(json!({})).unwrap_err().to_string();
+    assert!(refused.contains("image_encoder.VPT") && refused.contains("prompt_depth_vision = 0"));
+    assert!(import(json!({"prompt_depth_vision": 0})).is_ok());
     Ok(())
 }
 

@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use cliptune_core::checkpoint::{self, Layout};
 use cliptune_core::prompt::placeholder;
 use cliptune_core::rng::Rng;
 use cliptune_core::templates::Ensemble;
 use cliptune_core::tokenizer::Tokenizer;
-use cliptune_core::{Arch, files};
+use cliptune_core::{Arch, VisionArch, files};
 
 use super::names::names;
 use super::rows::{Row, Task};
@@ -19,7 +19,7 @@ use super::rows::{Row, Task};
 pub(super) type Named = BTreeMap<String, Tensor>;
 
 /// Part of the files' names: another number for other contents.
-const EDITION: u32 = 1;
+const EDITION: u32 = 2;
 
 /// The weights file of a row, written if it is not there.
 pub(super) fn weights(folder: &Path, row: &Row, tiny: bool) -> Result<PathBuf> {
@@ -93,6 +93,8 @@ fn tensors(task: &Task, arch: &Arch) -> Result<Named> {
             Tensor::from_vec(values, shape, &Device::Cpu)?,
         ))
     };
+    let side = arch.image_resolution;
+    let pixels = |batch: usize| normal("pixels", &[batch, 3, side, side], 1.0);
     let labels = |batch: usize, classes: usize| -> Result<(String, Tensor)> {
         let labels: Vec<i64> = (0..batch).map(|i| (i * 37 % classes) as i64).collect();
         Ok(("labels".to_owned(), Tensor::new(labels, &Device::Cpu)?))
@@ -157,6 +159,50 @@ fn tensors(task: &Task, arch: &Arch) -> Result<Named> {
             normal("image_features", &[batch, dim], 1.0)?,
             labels(batch, classes)?,
         ],
+        Task::Maple {
+            classes,
+            n_ctx,
+            depth,
+            batch,
+        } => {
+            let (blocks, vision_width) = vision(arch)?;
+            let prompts = names(classes);
+            let prompts = prompts.iter().map(|name| format!("{MAPLE_WORDS} {name}."));
+            let prompts: Vec<String> = prompts.collect();
+            let mut entries = vec![
+                tokens(&prompts, arch.context_length)?,
+                pixels(batch)?,
+                labels(batch, classes)?,
+            ];
+            // The authors' initial values: uniform within fan_in^-1/2, so of this standard deviation.
+            let std = (3.0 * width as f64).powf(-0.5);
+            for block in 0..depth.min(blocks).min(arch.text_layers) {
+                let keys = maple_keys(block);
+                entries.push(normal(&keys.prompt, &[n_ctx, width], 0.02)?);
+                let map = [format!("{}.weight", keys.map), format!("{}.bias", keys.map)];
+                entries.push(normal(&map[0], &[vision_width, width], std)?);
+                entries.push(normal(&map[1], &[vision_width], std)?);
+            }
+            entries
+        }
+        Task::DeepVpt {
+            classes,
+            n_ctx,
+            depth,
+            batch,
+        } => {
+            let (blocks, vision_width) = vision(arch)?;
+            let mut entries = vec![
+                normal("text_features", &[classes, dim], 1.0)?,
+                pixels(batch)?,
+                labels(batch, classes)?,
+            ];
+            for block in 0..depth.min(blocks) {
+                let key = visual_prompt_key(block);
+                entries.push(normal(&key, &[n_ctx, vision_width], 0.02)?);
+            }
+            entries
+        }
         Task::ZeroShot {
             templates,
             names: n,
@@ -170,12 +216,54 @@ fn tensors(task: &Task, arch: &Arch) -> Result<Named> {
                 .collect();
             vec![tokens(&prompts, arch.context_length)?]
         }
-        Task::Image { batch } => {
-            let side = arch.image_resolution;
-            vec![normal("pixels", &[batch, 3, side, side], 1.0)?]
-        }
+        Task::Image { batch } => vec![pixels(batch)?],
     };
     Ok(entries.into_iter().collect())
+}
+
+/// The words of MaPLe's prompts, of which the first stand for the context.
+pub(super) const MAPLE_WORDS: &str = "a photo of a";
+
+/// The keys of what MaPLe learns for a block of both towers.
+pub(super) struct MapleKeys {
+    /// The text tower's prompt.
+    pub(super) prompt: String,
+    /// The map that makes the image tower's of it, without `.weight` and `.bias`.
+    pub(super) map: String,
+}
+
+pub(super) fn maple_keys(block: usize) -> MapleKeys {
+    match block.checked_sub(1) {
+        None => MapleKeys {
+            prompt: "prompt_learner.ctx".into(),
+            map: "prompt_learner.proj".into(),
+        },
+        Some(i) => MapleKeys {
+            prompt: format!("prompt_learner.compound_prompts_text.{i}"),
+            map: format!("prompt_learner.compound_prompt_projections.{i}"),
+        },
+    }
+}
+
+/// The key of deep visual prompt tuning's tokens of a block.
+pub(super) fn visual_prompt_key(block: usize) -> String {
+    match block {
+        0 => "image_encoder.VPT".into(),
+        _ => format!("image_encoder.transformer.resblocks.{block}.VPT_shallow"),
+    }
+}
+
+/// Blocks with inputs under these keys.
+pub(super) fn depth(inputs: &Named, key: impl Fn(usize) -> String) -> usize {
+    (0..).take_while(|&i| inputs.contains_key(&key(i))).count()
+}
+
+/// Blocks and width of a ViT.
+fn vision(arch: &Arch) -> Result<(usize, usize)> {
+    match arch.vision {
+        VisionArch::Vit { layers, width, .. } => Ok((layers, width)),
+        VisionArch::ResNet { .. } => bail!("visual prompts need a ViT"),
+    }
 }
 
 /// Sentences whose first `n_ctx` words stand for the context.

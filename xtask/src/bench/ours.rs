@@ -1,5 +1,7 @@
 //! This workspace's side of each row, through its public interface.
 
+mod deep;
+
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 use cliptune_core::method::Settings;
@@ -43,6 +45,10 @@ pub(super) fn work(job: &Job, twice: bool) -> Result<Box<dyn Work>> {
             n_ctx,
             ..
         } => Box::new(Vpt::new(clip, &inputs, classes, samples, n_ctx)?),
+        Task::Maple { classes, n_ctx, .. } => {
+            Box::new(deep::Maple::new(clip, &inputs, classes, n_ctx)?)
+        }
+        Task::DeepVpt { n_ctx, .. } => Box::new(deep::DeepVpt::new(clip, &inputs, n_ctx)?),
         Task::ZeroShot { templates, .. } => Box::new(ZeroShot {
             prompts: Prompts::of_tokens(tokens(&inputs)?),
             clip,

@@ -1,5 +1,6 @@
 //! CLIP in candle's own operations, as someone without this workspace would write it.
 
+mod deep;
 mod several;
 
 use anyhow::Result;
@@ -45,6 +46,8 @@ pub(super) fn work(job: &Job) -> Result<Box<dyn Work>> {
         }
         Task::Plot { graph, .. } => Box::new(several::plot(clip, &inputs, graph)?),
         Task::Vpt { graph, .. } => Box::new(several::vpt(clip, &inputs, graph)?),
+        Task::Maple { .. } => Box::new(deep::maple(clip, &inputs)?),
+        Task::DeepVpt { .. } => Box::new(deep::deep_vpt(clip, &inputs)?),
         Task::ZeroShot {
             templates, batch, ..
         } => Box::new(ZeroShot {
@@ -62,6 +65,17 @@ pub(super) fn work(job: &Job) -> Result<Box<dyn Work>> {
 
 fn unit(x: &Tensor) -> Result<Tensor> {
     Ok(x.broadcast_div(&x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?)?)
+}
+
+/// The same rows for each of a batch: `(n, width)` → `(batch, n, width)`.
+fn for_each(rows: &Tensor, batch: usize) -> Result<Tensor> {
+    let (n, width) = rows.dims2()?;
+    Ok(rows.unsqueeze(0)?.expand((batch, n, width))?)
+}
+
+/// What a block reads without deep prompts.
+fn unchanged(_: usize, x: Tensor) -> Result<Tensor> {
+    Ok(x)
 }
 
 struct PlainClip {
@@ -147,13 +161,20 @@ impl PlainClip {
         Ok((x + hidden)?)
     }
 
-    fn blocks(&self, prefix: &str, mut x: Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+    /// Runs all blocks; `enter` changes what one of them reads.
+    fn blocks(
+        &self,
+        prefix: &str,
+        mut x: Tensor,
+        mask: Option<&Tensor>,
+        enter: &dyn Fn(usize, Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         for i in 0.. {
             let name = format!("{prefix}transformer.resblocks.{i}");
             if !self.weights.contains_key(&format!("{name}.ln_1.weight")) {
                 break;
             }
-            x = self.block(&name, &x, mask)?;
+            x = self.block(&name, &enter(i, x)?, mask)?;
         }
         Ok(x)
     }
@@ -179,6 +200,16 @@ impl PlainClip {
 
     /// Features of the prompts, at the largest token id of each.
     fn text(&self, embedded: &Tensor, tokens: &Tensor) -> Result<Tensor> {
+        self.text_with(embedded, tokens, &unchanged)
+    }
+
+    /// As [`PlainClip::text`], with deep prompts.
+    fn text_with(
+        &self,
+        embedded: &Tensor,
+        tokens: &Tensor,
+        enter: &dyn Fn(usize, Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let (n, t, width) = embedded.dims3()?;
         let mask = (0..t * t).map(|i| {
             if i % t > i / t {
@@ -189,7 +220,7 @@ impl PlainClip {
         });
         let mask = Tensor::from_vec(mask.collect(), (t, t), &Device::Cpu)?;
         let x = embedded.broadcast_add(&self.weights["positional_embedding"])?;
-        let x = self.layer_norm("ln_final", &self.blocks("", x, Some(&mask))?)?;
+        let x = self.layer_norm("ln_final", &self.blocks("", x, Some(&mask), enter)?)?;
         let ends = tokens.argmax(D::Minus1)?;
         let rows = (Tensor::arange(0, n as u32, &Device::Cpu)? * t as f64)?;
         let x = x
@@ -200,21 +231,31 @@ impl PlainClip {
 
     fn image(&self, pixels: &Tensor) -> Result<Tensor> {
         match self.weights.contains_key("visual.proj") {
-            true => self.vit(pixels),
+            true => self.vit(pixels, None, &unchanged),
             false => self.resnet(pixels),
         }
     }
 
-    fn vit(&self, pixels: &Tensor) -> Result<Tensor> {
+    /// `joined (n, width)` are tokens that join before `ln_pre`.
+    fn vit(
+        &self,
+        pixels: &Tensor,
+        joined: Option<&Tensor>,
+        enter: &dyn Fn(usize, Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let conv = &self.weights["visual.conv1.weight"];
         let (width, patch) = (conv.dim(0)?, conv.dim(3)?);
         let patches = pixels.conv2d(conv, 0, patch, 1, 1)?;
         let patches = patches.flatten_from(2)?.transpose(1, 2)?;
         let class = self.weights["visual.class_embedding"].reshape((1, 1, width))?;
         let class = class.expand((pixels.dim(0)?, 1, width))?;
-        let x = Tensor::cat(&[class, patches], 1)?
+        let mut x = Tensor::cat(&[class, patches], 1)?
             .broadcast_add(&self.weights["visual.positional_embedding"])?;
-        let x = self.blocks("visual.", self.layer_norm("visual.ln_pre", &x)?, None)?;
+        if let Some(joined) = joined {
+            x = Tensor::cat(&[&x, &for_each(joined, x.dim(0)?)?], 1)?;
+        }
+        let x = self.layer_norm("visual.ln_pre", &x)?;
+        let x = self.blocks("visual.", x, None, enter)?;
         let class = self.layer_norm("visual.ln_post", &x.i((.., 0))?)?;
         Ok(class.matmul(&self.weights["visual.proj"])?)
     }

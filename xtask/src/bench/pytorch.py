@@ -82,11 +82,14 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width) for _ in range(layers))
 
-    def forward(self, x, mask=None):
-        """(batch, tokens, width), run with the batch second as the published code does."""
+    def forward(self, x, mask=None, enter=None):
+        """(batch, tokens, width), run with the batch second as the published code does.
+
+        `enter(i, x)`, x as it is run, changes what block i reads.
+        """
         x = x.permute(1, 0, 2)
-        for block in self.resblocks:
-            x = block(x, mask)
+        for i, block in enumerate(self.resblocks):
+            x = block(x if enter is None else enter(i, x), mask)
         return x.permute(1, 0, 2)
 
 
@@ -102,11 +105,21 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.empty(weights["visual.proj"].shape))
 
-    def forward(self, x):
+    def forward(self, x, prompts=()):
+        """`prompts` (n, width) of block 0, 1, ...: the first join before ln_pre, the others replace those before them."""
         x = self.conv1(x).flatten(2).permute(0, 2, 1)
         first = self.class_embedding.expand(x.shape[0], 1, -1)
-        x = self.ln_pre(torch.cat([first, x], dim=1) + self.positional_embedding)
-        return self.ln_post(self.transformer(x)[:, 0]) @ self.proj
+        x = torch.cat([first, x], dim=1) + self.positional_embedding
+        if prompts:
+            x = torch.cat([x, prompts[0].expand(x.shape[0], -1, -1)], dim=1)
+
+        def enter(i, x):
+            if not 0 < i < len(prompts):
+                return x
+            own = prompts[i].unsqueeze(1).expand(-1, x.shape[1], -1)
+            return torch.cat([x[: -len(own)], own])
+
+        return self.ln_post(self.transformer(self.ln_pre(x), enter=enter)[:, 0]) @ self.proj
 
 
 class Bottleneck(nn.Module):
@@ -228,11 +241,11 @@ class Clip(nn.Module):
         length = self.positional_embedding.shape[0]
         self.mask = torch.full((length, length), float("-inf")).triu(1)
 
-    def encode_embedded(self, embedded, tokens):
+    def encode_embedded(self, embedded, tokens, enter=None):
         """(prompts, tokens, width) of input embeddings -> (prompts, dim)."""
         length = embedded.shape[1]
         x = embedded + self.positional_embedding[:length]
-        x = self.ln_final(self.transformer(x, self.mask[:length, :length]))
+        x = self.ln_final(self.transformer(x, self.mask[:length, :length], enter))
         return x[torch.arange(x.shape[0]), tokens.argmax(dim=-1)] @ self.text_projection
 
 
@@ -415,6 +428,79 @@ class Vpt(Work):
         return out
 
 
+class Maple(Work):
+    def __init__(self, *args):
+        super().__init__(*args)
+        names = [name for name in self.inputs if name.startswith("prompt_learner.")]
+        self.learned = {name: nn.Parameter(self.inputs[name]) for name in names}
+        depth = 1 + sum("compound_prompts_text" in name for name in names)
+        deep = [(f"compound_prompts_text.{i}", f"compound_prompt_projections.{i}") for i in range(depth - 1)]
+        # What is learned for each block: the text prompt, and the map to the image tower's.
+        self.keys = [tuple(f"prompt_learner.{key}" for key in pair) for pair in [("ctx", "proj"), *deep]]
+
+    def step(self, _):
+        for param in self.learned.values():
+            param.grad = None
+        text = [self.learned[prompt] for prompt, _ in self.keys]
+        maps = [(self.learned[f"{key}.weight"], self.learned[f"{key}.bias"]) for _, key in self.keys]
+        visual = [F.linear(prompt, *weights) for prompt, weights in zip(text, maps)]
+
+        def enter(i, x):
+            if not 0 < i < len(text):
+                return x
+            own = text[i].unsqueeze(1).expand(-1, x.shape[1], -1)
+            return torch.cat([x[:1], own, x[1 + len(own) :]])
+
+        tokens = self.shorten(self.inputs["tokens"])
+        classes = self.clip.encode_embedded(self.prompts(text[0], tokens), tokens, enter)
+        images = self.clip.visual(self.inputs["pixels"], visual)
+        logits = self.clip.logit_scale.exp() * unit(images) @ unit(classes).t()
+        F.cross_entropy(logits, self.inputs["labels"]).backward()
+        out = {"text_features": classes, "image_features": images, "logits": logits}
+        return out | {f"grad.{name}": param.grad for name, param in self.learned.items()}
+
+
+class DeepVpt(Work):
+    def __init__(self, *args):
+        super().__init__(*args)
+        names = [name for name in self.inputs if name.startswith("image_encoder.")]
+        names.sort(key=lambda name: int(name.split(".")[3]) if "resblocks" in name else 0)
+        self.learned = {name: nn.Parameter(self.inputs[name]) for name in names}
+        self.text = unit(self.inputs["text_features"])
+
+    def step(self, _):
+        for param in self.learned.values():
+            param.grad = None
+        images = self.clip.visual(self.inputs["pixels"], list(self.learned.values()))
+        logits = self.clip.logit_scale.exp() * unit(images) @ self.text.t()
+        F.cross_entropy(logits, self.inputs["labels"]).backward()
+        out = {"image_features": images, "logits": logits}
+        return out | {f"grad.{name}": param.grad for name, param in self.learned.items()}
+
+
+class Vp(Work):
+    """A learned frame around every normalised image; class features at hand."""
+
+    SIDES = ["pad_up", "pad_down", "pad_left", "pad_right"]
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.learned = {name: nn.Parameter(self.inputs[name]) for name in self.SIDES}
+        self.text = unit(self.inputs["text_features"])
+
+    def step(self, _):
+        for param in self.learned.values():
+            param.grad = None
+        up, down, left, right = self.learned.values()
+        inside = torch.zeros(1, 3, left.shape[2], up.shape[3] - 2 * left.shape[3])
+        frame = torch.cat([up, torch.cat([left, inside, right], dim=3), down], dim=2)
+        images = self.clip.visual(self.inputs["pixels"] + frame)
+        logits = self.clip.logit_scale.exp() * unit(images) @ self.text.t()
+        F.cross_entropy(logits, self.inputs["labels"]).backward()
+        out = {"image_features": images, "logits": logits}
+        return out | {f"grad.{name}": param.grad for name, param in self.learned.items()}
+
+
 class ZeroShot(Work):
     @torch.no_grad()
     def step(self, _):
@@ -433,7 +519,17 @@ class Image(Work):
         return {"features": self.clip.visual(self.inputs["pixels"])}
 
 
-WORK = {"coop": Coop, "cocoop": Cocoop, "plot": Plot, "vpt": Vpt, "zero-shot": ZeroShot, "image": Image}
+WORK = {
+    "coop": Coop,
+    "cocoop": Cocoop,
+    "plot": Plot,
+    "vpt": Vpt,
+    "maple": Maple,
+    "deep-vpt": DeepVpt,
+    "vp": Vp,
+    "zero-shot": ZeroShot,
+    "image": Image,
+}
 
 
 def answer(reply):

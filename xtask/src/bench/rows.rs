@@ -97,6 +97,23 @@ pub(super) enum Task {
         n_ctx: usize,
         batch: usize,
     },
+    /// MaPLe: deep prompts in both towers, those of the image tower made of those of the text tower. Forward, loss, all
+    /// gradients.
+    Maple {
+        classes: usize,
+        n_ctx: usize,
+        /// Blocks of both towers with prompts, at most as many as there are.
+        depth: usize,
+        batch: usize,
+    },
+    /// Deep visual prompt tuning: tokens in the image tower's blocks, class features at hand. Forward, loss, all gradients.
+    DeepVpt {
+        classes: usize,
+        n_ctx: usize,
+        /// As for MaPLe.
+        depth: usize,
+        batch: usize,
+    },
     /// Class features from templates, without gradient.
     ZeroShot {
         templates: usize,
@@ -137,7 +154,12 @@ impl Sizes {
                 width: 768,
                 patch_size: 16,
             },
-            (Self::VitB16Text | Self::Rn50Text, _) | (Self::VitB16, true) => VisionArch::Vit {
+            (Self::VitB16, true) => VisionArch::Vit {
+                layers: 3,
+                width: 64,
+                patch_size: 16,
+            },
+            (Self::VitB16Text | Self::Rn50Text, _) => VisionArch::Vit {
                 layers: 1,
                 width: 64,
                 patch_size: 16,
@@ -251,6 +273,31 @@ impl Row {
                 },
             },
             Self {
+                name: "maple",
+                title: "MaPLe step: 100 classes, 2 prompt tokens in each of 9 blocks, batch 4, both towers of ViT-B/16",
+                note: "Forward, loss and the gradients of prompts and maps; 100 prompts and 4 images through the towers. \"Cut\" shortens \
+                       the text prompts alone: there is nothing to cut in an image.",
+                sizes: Sizes::VitB16,
+                task: Task::Maple {
+                    classes: 100,
+                    n_ctx: 2,
+                    depth: 9,
+                    batch: 4,
+                },
+            },
+            Self {
+                name: "deep-vpt",
+                title: "Deep visual prompt tuning step: 8 tokens in each of 12 blocks, batch 4, ViT-B/16's image tower",
+                note: "Forward, loss and the prompts' gradients; the features of 100 classes are at hand.",
+                sizes: Sizes::VitB16,
+                task: Task::DeepVpt {
+                    classes: 100,
+                    n_ctx: 8,
+                    depth: 12,
+                    batch: 4,
+                },
+            },
+            Self {
                 name: "zeroshot",
                 title: "Zero-shot class features: a sample of 8 templates × 40 names",
                 note: "Every tenth of the 80 ImageNet templates and 40 of the 1,000 names; no gradient. PyTorch and candle encode \
@@ -287,7 +334,7 @@ impl Row {
     /// Who takes part. There is nothing to cut in an image.
     pub(super) fn contenders(&self) -> Vec<Contender> {
         let takes_part = |contender: &Contender| match contender {
-            Contender::Fair => !matches!(self.task, Task::Image { .. }),
+            Contender::Fair => !matches!(self.task, Task::Image { .. } | Task::DeepVpt { .. }),
             Contender::OursTwice => self.grows(),
             _ => true,
         };

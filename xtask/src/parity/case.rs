@@ -26,6 +26,9 @@ pub(crate) struct CaseJson {
     pub(crate) optimizer: Option<Value>,
     #[serde(default)]
     pub(crate) lr_per_step: Vec<f64>,
+    /// Rates of several optimisers, by what they are called.
+    #[serde(default)]
+    pub(crate) lr_per_step_groups: BTreeMap<String, Vec<f64>>,
     #[serde(default)]
     pub(crate) params: BTreeMap<String, String>,
 }

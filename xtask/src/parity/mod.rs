@@ -1,6 +1,7 @@
 //! `cargo xtask parity`: builds each case's method from its `config`, runs it, and compares with what the authors' code gave.
 
 mod case;
+mod cavpt;
 mod check;
 mod clip_cases;
 mod cocoop;
@@ -65,6 +66,7 @@ fn runner(slug: &str, name: &str) -> Option<Runner> {
         ("upt", _) => multimodal_pt::upt,
         ("mvlpt", _) => mvlpt::run,
         ("vp", _) => visual_pt::vp,
+        ("cavpt", _) => cavpt::run,
         _ => return None,
     })
 }

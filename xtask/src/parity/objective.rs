@@ -21,6 +21,16 @@ pub(crate) const FIRST: Step = Step {
     steps: 1,
 };
 
+/// How a case's steps are made where the epoch or the parameter matters.
+pub(crate) struct Course<'a> {
+    /// Steps of an epoch.
+    pub(crate) batches: usize,
+    /// All epochs.
+    pub(crate) epochs: usize,
+    /// The learning rate of a parameter at a step.
+    pub(crate) rate: &'a dyn Fn(&str, usize) -> f64,
+}
+
 /// Compares loss, terms and gradients at the start, makes the case's steps, and compares losses and parameters after them.
 pub(crate) fn train<O: Objective>(
     case: &Case,
@@ -41,6 +51,23 @@ pub(crate) fn train_watched<O: Objective>(
     check: &mut Check,
     watch: &mut dyn FnMut(&Learned<O>) -> Result<()>,
 ) -> Result<()> {
+    let course = Course {
+        batches: case.json.lr_per_step.len(),
+        epochs: 1,
+        rate: &|_, step| case.json.lr_per_step[step],
+    };
+    train_along(case, clip, learned, (batch, &course), check, watch)
+}
+
+/// As [`train_watched`], in epochs and with rates of the case's own.
+pub(crate) fn train_along<O: Objective>(
+    case: &Case,
+    clip: &Clip,
+    learned: &mut Learned<O>,
+    (batch, course): (&Batch<'_>, &Course<'_>),
+    check: &mut Check,
+    watch: &mut dyn FnMut(&Learned<O>) -> Result<()>,
+) -> Result<()> {
     let Some(config) = &case.json.optimizer else {
         return Ok(());
     };
@@ -49,14 +76,14 @@ pub(crate) fn train_watched<O: Objective>(
     let mut optimizer = Optimizer::new(config, learned.params())?;
     let mut losses = Vec::new();
     let mut terms: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-    let steps = case.json.lr_per_step.len();
-    for (index, lr) in case.json.lr_per_step.iter().enumerate() {
+    let batches = course.batches.max(1);
+    for index in 0..case.json.lr_per_step.len() {
         let step = Step {
             seed: 0,
-            epoch: 0,
-            epochs: 1,
-            index,
-            steps,
+            epoch: index / batches,
+            epochs: course.epochs,
+            index: index % batches,
+            steps: batches,
         };
         let (loss, gradients) = gradients(learned, clip, batch, step)?;
         losses.push(f64::from(loss.total.to_scalar::<f32>()?));
@@ -81,7 +108,9 @@ pub(crate) fn train_watched<O: Objective>(
             }
         }
         watch(learned)?;
-        optimizer.step(learned.params(), &gradients, |_| *lr)?;
+        optimizer.step(learned.params(), &gradients, |param| {
+            (course.rate)(param, index)
+        })?;
     }
     check.list(case, "expect.losses", &losses, AFTER)?;
     for (name, values) in &terms {

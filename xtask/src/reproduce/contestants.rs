@@ -1,7 +1,7 @@
 //! Who takes part: every method of the registry as it is, and variants that are compared beside it.
 
 use anyhow::{Context, Result, anyhow, bail};
-use cliptune::method::{AnyMethod, Entry};
+use cliptune::method::{AnyMethod, Entry, lay_over};
 use cliptune::{ImageNeeds, registry};
 use serde_json::{Map, Value, json};
 
@@ -57,14 +57,29 @@ struct Variant {
     serves_new_classes: bool,
 }
 
-const VARIANTS: &[Variant] = &[Variant {
-    method: "coop",
-    suffix: "-class-specific",
-    name: " (class-specific)",
-    // 4 tokens for each class are 4 times cheaper than the 16 of the shared context, and as many as the paper's smaller M.
-    settings: || json!({"class_specific": true, "n_ctx": 4}),
-    serves_new_classes: false,
-}];
+const VARIANTS: &[Variant] = &[
+    Variant {
+        method: "coop",
+        suffix: "-class-specific",
+        name: " (class-specific)",
+        // 4 tokens for each class are 4 times cheaper than the 16 of the shared context, and as many as the paper's smaller M.
+        settings: || json!({"class_specific": true, "n_ctx": 4}),
+        serves_new_classes: false,
+    },
+    // Deep language prompting, MaPLe's other baseline. The image tower is frozen, so pictures are seen as CoOp sees them.
+    Variant {
+        method: "ivlp",
+        suffix: "-language",
+        name: " (language)",
+        settings: || {
+            json!({
+                "n_ctx_text": 4, "n_ctx_vision": 0, "prompt_depth_vision": 0,
+                "train": {"lr": 0.0025, "augment": "none"},
+            })
+        },
+        serves_new_classes: true,
+    },
+];
 
 /// A method as it takes part.
 #[derive(Clone, Debug)]
@@ -190,11 +205,7 @@ fn variants_of(entry: Entry) -> Vec<Contestant> {
             contestant.slug.push_str(variant.suffix);
             contestant.label.push_str(variant.name);
             contestant.serves_new_classes = variant.serves_new_classes;
-            if let (Value::Object(config), Value::Object(over)) =
-                (&mut contestant.config, (variant.settings)())
-            {
-                config.extend(over);
-            }
+            lay_over(&mut contestant.config, &(variant.settings)());
             contestant
         })
         .collect();
@@ -298,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn every_method_takes_part_and_coop_twice() -> Result<()> {
+    fn every_method_takes_part_and_some_twice() -> Result<()> {
         let all = choose(&[], &[])?;
         let slugs: Vec<&str> = all.iter().map(|c| c.slug.as_str()).collect();
         for entry in registry::methods() {
@@ -307,6 +318,13 @@ mod tests {
         assert!(slugs.contains(&"coop-class-specific"));
         assert_eq!(choose(&["coop".into()], &[])?.len(), 2);
         assert_eq!(choose(&["coop-class-specific".into()], &[])?.len(), 1);
+        // A variant's settings leave the others as they are.
+        let language = &choose(&["ivlp-language".into()], &[])?[0];
+        let (plain, own) = ((language.entry.defaults)(), &language.config);
+        assert_eq!(own["prompt_depth_vision"], json!(0));
+        assert_eq!(own["train"]["lr"], json!(0.0025));
+        assert_eq!(own["train"]["epochs"], plain["train"]["epochs"]);
+        assert_eq!(own["prompt_depth_text"], plain["prompt_depth_text"]);
         Ok(())
     }
 

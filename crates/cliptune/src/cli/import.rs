@@ -23,7 +23,7 @@ pub(crate) struct Import {
     /// Method that made the checkpoint, as `cliptune list` prints it
     #[arg(long, value_name = "METHOD")]
     method: String,
-    /// The authors' file, for example prompt_learner/model.pth.tar-50
+    /// The authors' file, for example prompt_learner/model.pth.tar-50, or the folder above a model's parts
     #[arg(long, value_name = "FILE")]
     checkpoint: PathBuf,
     /// Class names it was trained on: a file with one name a line, or names with commas

@@ -1,22 +1,49 @@
 //! A checkpoint as `torch.save` writes it.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 
+use candle_core::Tensor;
 use cliptune::files::write_atomically;
 use cliptune::prompt_file::PromptFile;
 use zip::ZipWriter;
 use zip::write::SimpleFileOptions;
 
-/// Writes the learned tensors of a prompt file under `state_dict`, as Dassl does.
-pub(crate) fn write(prompt: &Path, file: &Path) {
-    let prompt = PromptFile::load(prompt).unwrap();
+/// The parts of models that their authors save in a folder each, by what the keys begin with.
+const PARTS: [&str; 3] = [
+    "image_encoder.transformer.ctx_learner",
+    "image_encoder.transformer.extractor",
+    "prompt_learner",
+];
+
+/// Writes the learned tensors of a prompt file under `state_dict`, as Dassl does: into `path`, or, if that has no extension,
+/// each of the model's parts into a folder of its own below it.
+pub(crate) fn write(prompt: &Path, path: &Path) {
+    let tensors = PromptFile::load(prompt).unwrap().tensors;
+    if path.extension().is_some() {
+        return write_file(&tensors, path);
+    }
+    for part in PARTS {
+        let of_part = tensors.iter().filter_map(|(name, tensor)| {
+            let name = name.strip_prefix(part)?.strip_prefix('.')?;
+            Some((name.to_owned(), tensor.clone()))
+        });
+        let (folder, file) = (path.join(part), "model.pth.tar-60");
+        std::fs::create_dir_all(&folder).unwrap();
+        write_file(&of_part.collect(), &folder.join(file));
+        let newest = folder.join("checkpoint");
+        write_atomically(&newest, |out| writeln!(out, "{file}")).unwrap();
+    }
+}
+
+fn write_file(tensors: &BTreeMap<String, Tensor>, file: &Path) {
     // Protocol 2: a dict with a dict; `(` to `u` adds pairs.
     let mut pickle = b"\x80\x02}(".to_vec();
     text(&mut pickle, "state_dict");
     pickle.extend(b"}(");
     let mut storages = Vec::new();
-    for (place, (name, tensor)) in prompt.tensors.iter().enumerate() {
+    for (place, (name, tensor)) in tensors.iter().enumerate() {
         let numbers: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
         text(&mut pickle, name);
         pickle.extend(b"ctorch._utils\n_rebuild_tensor_v2\n((");

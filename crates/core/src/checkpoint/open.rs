@@ -39,11 +39,63 @@ pub struct TorchState {
 
 /// Reads a checkpoint of `torch.save`: a state dict, or a dict that holds one under `state_dict` (Dassl's `model.pth.tar-50`).
 ///
+/// A folder stands for the file that Dassl's `checkpoint` in it names, the newest. Dassl saves a model in several parts as a
+/// folder for each; the folder above stands for all of them, with the part's name and a dot in front of every key.
+///
 /// Objects of other classes beside the state dict (optimiser, scheduler) are skipped. Nothing is executed.
 ///
 /// # Errors
-/// Files that PyTorch did not write, damaged files, and entries of the state dict that are not tensors.
+/// Files that PyTorch did not write, damaged files, and entries of the state dict that are not tensors; a folder that is
+/// neither of these, and parts of different epochs.
 pub fn read_torch_state(path: &Path) -> Result<TorchState> {
+    if !path.is_dir() {
+        return read_file(path);
+    }
+    if path.join(NEWEST).exists() {
+        return read_file(&newest(path)?);
+    }
+    let io = |e| Error::io(path, e);
+    let entries = std::fs::read_dir(path).map_err(io)?;
+    let mut parts = entries
+        .map(|entry| Ok(entry?.path()))
+        .collect::<std::io::Result<Vec<_>>>()
+        .map_err(io)?;
+    parts.retain(|part| part.join(NEWEST).exists());
+    parts.sort();
+    let mut whole: Option<TorchState> = None;
+    for part in parts {
+        let state = read_file(&newest(&part)?)?;
+        let name = part.file_name().unwrap_or_default().to_string_lossy();
+        let whole = whole.get_or_insert(TorchState {
+            tensors: BTreeMap::new(),
+            epoch: state.epoch,
+        });
+        if whole.epoch != state.epoch {
+            let message = "holds parts of different epochs; name one file, or let the `checkpoint` files name the same epoch";
+            return Err(Error::format(path, message));
+        }
+        let named = |(key, tensor)| (format!("{name}.{key}"), tensor);
+        whole.tensors.extend(state.tensors.into_iter().map(named));
+    }
+    whole.ok_or_else(|| {
+        let message = "a folder without Dassl's `checkpoint`, and no folder in it has one; name the file itself";
+        Error::format(path, message)
+    })
+}
+
+/// The file in which Dassl writes which checkpoint is the newest.
+const NEWEST: &str = "checkpoint";
+
+fn newest(folder: &Path) -> Result<PathBuf> {
+    let path = folder.join(NEWEST);
+    let name = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+    match Path::new(name.trim()).file_name() {
+        Some(name) => Ok(folder.join(name)),
+        None => Err(Error::format(path, "names no file")),
+    }
+}
+
+fn read_file(path: &Path) -> Result<TorchState> {
     match Source::open(path)? {
         Source::Torch(file) => {
             let epoch = file.epoch;

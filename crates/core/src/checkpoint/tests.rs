@@ -266,6 +266,43 @@ fn every_form_of_torch_save_is_read() {
 }
 
 #[test]
+fn a_folder_of_dassl_is_its_newest_file_or_its_parts() {
+    let keys = |path: &Path| -> Vec<String> {
+        let state = read_torch_state(path).unwrap();
+        assert_eq!(state.epoch, Some(5));
+        state.tensors.into_keys().collect()
+    };
+    let run = fixture("coop/checkpoint-dassl");
+    let part = run.join("prompt_learner");
+    assert_eq!(keys(&part), ["ctx", "token_prefix", "token_suffix"]);
+    let whole = keys(&run);
+    assert_eq!(whole[0], "prompt_learner.ctx");
+    assert_eq!(whole.len(), 3);
+    // Two parts, and what does not fit together.
+    let dir = tempfile::tempdir().unwrap();
+    let refused = |expected: &str| {
+        let message = read_torch_state(dir.path()).unwrap_err().to_string();
+        assert!(message.contains(expected), "{message}");
+    };
+    refused("name the file itself");
+    let file = std::fs::read(part.join("model.pth.tar-5")).unwrap();
+    for name in ["a.b", "c"] {
+        std::fs::create_dir(dir.path().join(name)).unwrap();
+        put(&dir.path().join(name).join("model.pth.tar-5"), &file);
+        put(
+            &dir.path().join(name).join("checkpoint"),
+            b"model.pth.tar-5\n",
+        );
+    }
+    let both = keys(dir.path());
+    assert_eq!((both.len(), both[0].as_str()), (6, "a.b.ctx"));
+    put(&dir.path().join("c/checkpoint"), b"model.pth.tar-6");
+    refused("model.pth.tar-6");
+    put(&dir.path().join("c/checkpoint"), b"/");
+    refused("names no file");
+}
+
+#[test]
 fn the_tensors_of_a_dassl_checkpoint() {
     let state = read_torch_state(&fixture(
         "coop/checkpoint-dassl/prompt_learner/model.pth.tar-5",

@@ -1,5 +1,7 @@
 //! The image tower with visual prompts.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Tensor};
 
 use super::vit::Vit;
@@ -17,6 +19,23 @@ enum From<'a> {
     Images(&'a Tensor),
     /// What a block reads, `(batch, 1 + grid², width)`.
     Block(usize, &'a Tensor),
+}
+
+impl From<'_> {
+    /// The way up to block `end`, after which so many tokens are read.
+    fn stretch(self, end: usize, read: usize) -> Result<Stretch> {
+        let (input, first) = match self {
+            Self::Images(images) => (images, 0),
+            Self::Block(block, tokens) => (tokens, block),
+        };
+        Ok(Stretch {
+            blocks: first..end,
+            images: input.dim(0)?,
+            with_entry: matches!(self, Self::Images(_)),
+            input_learned: input.track_op(),
+            read,
+        })
+    }
 }
 
 /// What the engine needs of a tower whose weights are not learned.
@@ -117,17 +136,50 @@ impl ImageTower {
     /// made from (CAVPT). Go on with [`ImageTower::encode_prompted_from`]; prompt tokens do not come along.
     ///
     /// # Errors
-    /// As [`ImageTower::encode_prompted`]; [`Error::Prompt`] if `block` is not one of 1 to the number of blocks less 1, or tokens
-    /// come in sets.
+    /// As [`ImageTower::encode_prompted`]; [`Error::Prompt`] if there is no such block, if prompts are declared below block
+    /// 0, or if tokens come in sets.
     pub fn prompted_tokens(
         &self,
         images: &Tensor,
         block: usize,
         prompts: &VisualPrompts,
     ) -> Result<Tensor> {
+        let tower = self.frozen()?;
+        let sizes = tower.sizes();
+        check_border(0..sizes.blocks, block, &sizes)?;
+        let from = From::Images(images);
+        if block == 0 {
+            self.check(from, &sizes)?;
+            if !prompts.is_empty() {
+                return Err(Error::Prompt(
+                    "no block runs before block 0, so no visual prompts can join there; declare them for the blocks above".into(),
+                ));
+            }
+            let patches = match images.rank() {
+                4 => self.patches(images)?,
+                _ => images.to_dtype(DType::F32)?,
+            };
+            return tower.vit.tokens_of(&patches);
+        }
+        let (x, _) = self.run_prompted(from, block, sizes.tokens, prompts)?;
+        Ok(x)
+    }
+
+    /// As [`ImageTower::prompted_tokens`] at the input of block `to`, from the tokens `(batch, 1 + grid², width)` that block
+    /// `from` reads; blocks keep their numbers in the declaration.
+    ///
+    /// # Errors
+    /// As [`ImageTower::prompted_tokens`]; [`Error::Prompt`] if `to` does not lie behind `from`.
+    pub fn prompted_tokens_from(
+        &self,
+        tokens: &Tensor,
+        from: usize,
+        to: usize,
+        prompts: &VisualPrompts,
+    ) -> Result<Tensor> {
         let sizes = self.frozen()?.sizes();
-        check_border(block, &sizes)?;
-        let (x, _) = self.run_prompted(From::Images(images), block, sizes.tokens, prompts)?;
+        check_border(from + 1..sizes.blocks, to, &sizes)?;
+        let (x, _) = self.run_prompted(From::Block(from, tokens), to, sizes.tokens, prompts)?;
         Ok(x)
     }
 
@@ -143,7 +195,7 @@ impl ImageTower {
         prompts: &VisualPrompts,
     ) -> Result<Tensor> {
         let sizes = self.frozen()?.sizes();
-        check_border(block, &sizes)?;
+        check_border(0..sizes.blocks, block, &sizes)?;
         let (x, sets) = self.run_prompted(From::Block(block, tokens), sizes.blocks, 1, prompts)?;
         self.features_of(&x, sets, false)
     }
@@ -215,6 +267,15 @@ impl ImageTower {
         }
     }
 
+    /// Refuses what is no batch of images or of their tokens.
+    fn check(&self, from: From<'_>, sizes: &Sizes) -> Result<()> {
+        match from {
+            From::Images(pixels) if pixels.rank() == 4 => self.expect(pixels),
+            From::Images(patches) => expect_rows(patches, true, sizes),
+            From::Block(_, tokens) => expect_rows(tokens, false, sizes),
+        }
+    }
+
     /// Runs blocks up to `end`: `(runs, read, width)`, and the number of sets if tokens come in sets.
     fn run_prompted(
         &self,
@@ -225,31 +286,16 @@ impl ImageTower {
     ) -> Result<(Tensor, Option<usize>)> {
         let tower = self.frozen()?;
         let (vit, sizes) = (tower.vit, tower.sizes());
-        let (input, blocks) = match from {
-            From::Images(images) => (images, 0..end),
-            From::Block(block, tokens) => (tokens, block..end),
-        };
-        let with_entry = matches!(from, From::Images(_));
-        let of_pixels = with_entry && input.rank() == 4;
-        match of_pixels {
-            true => self.expect(input)?,
-            false => expect_rows(input, with_entry, &sizes)?,
-        }
-        let stretch = Stretch {
-            blocks,
-            images: input.dim(0)?,
-            with_entry,
-            input_learned: input.track_op(),
-            read,
-        };
+        self.check(from, &sizes)?;
+        let stretch = from.stretch(end, read)?;
         let (laid_out, forecast) = tower.lay_out(&stretch, prompts)?;
-        let input = match of_pixels {
-            true => self.patches(input)?,
-            false => input.to_dtype(DType::F32)?,
+        let input = match from {
+            From::Images(pixels) if pixels.rank() == 4 => self.patches(pixels)?,
+            From::Images(rows) | From::Block(_, rows) => rows.to_dtype(DType::F32)?,
         };
         let op = image::Tower {
             blocks: vit.blocks.clone(),
-            entry: vit.entry.clone().filter(|_| with_entry),
+            entry: vit.entry.clone().filter(|_| stretch.with_entry),
             ln_pre: tower.ln_pre.clone(),
             plan: laid_out.plan,
             normed: laid_out.normed,
@@ -278,13 +324,15 @@ impl ImageTower {
     }
 }
 
-/// Where a tower may be cut in two.
-fn check_border(block: usize, sizes: &Sizes) -> Result<()> {
-    match (1..sizes.blocks).contains(&block) {
+/// Where a tower may be cut in two: before one of `blocks`.
+fn check_border(blocks: Range<usize>, block: usize, sizes: &Sizes) -> Result<()> {
+    match blocks.contains(&block) {
         true => Ok(()),
         false => Err(Error::Prompt(format!(
-            "the image tower has {} blocks and cannot be cut before block {block}",
-            sizes.blocks
+            "the image tower has {} blocks and cannot be cut before block {block}; here one of {} to {} is expected",
+            sizes.blocks,
+            blocks.start,
+            sizes.blocks.saturating_sub(1)
         ))),
     }
 }

@@ -114,13 +114,23 @@ impl Vit {
     fn enter(&self, patches: &Tensor, positions: &Tensor, probe: Probe<'_>) -> Result<Tensor> {
         let x = self.patches.forward(patches)?;
         probe("conv1", &x)?;
-        let class = self
-            .class_embedding
-            .broadcast_as((x.dim(0)?, 1, self.width))?;
-        let x = Tensor::cat(&[&class, &x], 1)?.broadcast_add(positions)?;
-        let x = self.ln_pre.forward(&x)?;
+        let x = self.join_class(&x, positions)?;
         probe("ln_pre", &x)?;
         Ok(x)
+    }
+
+    /// Embedded patches `(batch, n, width)` behind the class token, with their positions, after `ln_pre`.
+    fn join_class(&self, patches: &Tensor, positions: &Tensor) -> Result<Tensor> {
+        let class = self
+            .class_embedding
+            .broadcast_as((patches.dim(0)?, 1, self.width))?;
+        let x = Tensor::cat(&[&class, patches], 1)?.broadcast_add(positions)?;
+        self.ln_pre.forward(&x)
+    }
+
+    /// What the first block reads, `(batch, 1 + grid², width)`, from embedded patches `(batch, grid², width)`.
+    pub(super) fn tokens_of(&self, patches: &Tensor) -> Result<Tensor> {
+        self.join_class(patches, &self.positions)
     }
 
     /// `(batch, 3, side, side)` → `(batch, 1 + grid², width)` after the last block.

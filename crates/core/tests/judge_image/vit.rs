@@ -557,7 +557,7 @@ fn a_tower_in_two_stretches_is_the_same_tower() -> cliptune_core::Result<()> {
         .map(|_| drawn(&mut rng, &[2, 128], 0.5))
         .collect::<Plain<_>>()?;
     let mut results = Vec::new();
-    for cut in [None, Some(1), Some(3)] {
+    for cut in [None, Some(0), Some(1), Some(3)] {
         let mut params = Params::new(0);
         let (mut lower, mut upper) = (VisualPrompts::new(), VisualPrompts::new());
         for (block, value) in values.iter().enumerate() {
@@ -583,6 +583,29 @@ fn a_tower_in_two_stretches_is_the_same_tower() -> cliptune_core::Result<()> {
                 .collect::<Vec<_>>(),
         );
     }
+    // Every block by itself.
+    let mut params = Params::new(0);
+    let mut tokens = clip
+        .image()
+        .prompted_tokens(&pixels, 0, &VisualPrompts::new())?;
+    for (block, value) in values.iter().enumerate() {
+        let param = params.copied(&format!("{block}"), value)?;
+        let mut prompts = VisualPrompts::new();
+        prompts.replace(block, Tokens::Shared(param.tensor().clone()));
+        tokens = match block + 1 == BLOCKS {
+            true => clip
+                .image()
+                .encode_prompted_from(&tokens, block, &prompts)?,
+            false => {
+                let next = block + 1;
+                clip.image()
+                    .prompted_tokens_from(&tokens, block, next, &prompts)?
+            }
+        };
+    }
+    let gradients = Gradients::of(&(&tokens * &weights)?.sum_all()?, &params)?;
+    let gradients = gradients.iter().map(|(_, g)| g.cloned().unwrap());
+    results.push(std::iter::once(tokens.clone()).chain(gradients).collect());
     let all =
         |run: &[Tensor]| -> Vec<_> { run.iter().map(|t| (String::new(), t.clone())).collect() };
     for run in &results[1..] {
@@ -689,6 +712,11 @@ fn what_cannot_run_is_refused_in_words() -> cliptune_core::Result<()> {
     assert!(image.encode_prompted_from(&hidden, 2, &prompts).is_err());
     assert!(image.prompted_tokens(&pixels, 0, &prompts).is_err());
     assert!(image.prompted_tokens(&pixels, 1, &prompts).is_err());
+    let plain = VisualPrompts::new();
+    assert!(image.prompted_tokens(&pixels, 2, &plain).is_err());
+    assert!(image.prompted_tokens_from(&hidden, 0, 2, &plain).is_err());
+    assert!(image.prompted_tokens_from(&hidden, 1, 1, &plain).is_err());
+    assert!(image.prompted_tokens_from(&hidden, 0, 1, &plain).is_ok());
     let mut early = VisualPrompts::new();
     early.join_before_ln_pre(shared.clone());
     assert!(image.encode_prompted_from(&hidden, 1, &early).is_err());
