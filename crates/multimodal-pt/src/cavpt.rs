@@ -176,7 +176,7 @@ impl CavptConfig {
     fn text_schedule(&self) -> Schedule {
         let mut schedule = self.train.schedule.clone();
         match &mut schedule.warmup {
-            Warmup::None {} => {}
+            Warmup::None {} | Warmup::LinearBySteps { .. } => {}
             Warmup::Constant { epochs, .. } | Warmup::Linear { epochs, .. } => {
                 *epochs = self.text_warmup_epochs
             }

@@ -209,7 +209,6 @@ impl ImageTower {
     pub fn class_attention(&self, images: &Tensor, prompts: &VisualPrompts) -> Result<Tensor> {
         let (vit, sizes) = (self.frozen()?.vit, self.frozen()?.sizes());
         let last = sizes.blocks.saturating_sub(1);
-        check_border(last, &sizes)?;
         let below = prompts.below(last);
         let tokens = self.prompted_tokens(images, last, &below)?.detach();
         let shares = vit.blocks[last].class_attention(&tokens)?;

@@ -875,7 +875,7 @@ mod tests {
             // SAFETY: both outputs have m rows of n elements; plain arrays need no feature.
             unsafe {
                 run(job(&mut wide), panels);
-                walk::<Plain, f32, 4>(job(&mut plain), panels, &mut Vec::new());
+                walk::<Plain, f32, 4>(job(&mut plain), panels, &mut Scratch::new());
             }
             for (x, y) in wide.iter().zip(&plain) {
                 prop_assert!((x - y).abs() < 1e-6 * k as f32);
