@@ -38,7 +38,7 @@ pub(crate) const CROSS_TO: &[&str] = &[
     "style",
 ];
 /// Tasks that are learned together, and those that begin with what they taught.
-pub(crate) const MULTI_TASK_FROM: &[&str] = &["color", "pattern", "kind", "count"];
+pub(crate) const MULTI_TASK_FROM: &[&str] = &["color", "pattern", "count", "kind"];
 pub(crate) const MULTI_TASK_TO: &[&str] = &["texture", "mixed"];
 /// The task of which every training picture is shown.
 pub(crate) const SUPERVISED: &[&str] = &["variety-rotated"];
