@@ -194,7 +194,10 @@ impl Part<'_> {
                 builtin && contestant.is_multi_task() && wanted(builtin::MULTI_TASK_TO)
             }
             Protocol::Supervised => {
-                let takes_part = contestant.is_fixed() || contestant.is_supervised();
+                // What learns nothing is there to compare with.
+                let mut all = self.wish.contestants.iter();
+                let takes_part = contestant.is_supervised()
+                    || contestant.is_fixed() && all.any(Contestant::is_supervised);
                 builtin && takes_part && wanted(builtin::SUPERVISED)
             }
         }
@@ -210,7 +213,9 @@ impl Part<'_> {
                 "is there for the built-in tasks only".to_owned()
             }
             Protocol::MultiTask => "needs a method that learns many tasks as one: mvlpt".to_owned(),
-            Protocol::Supervised => "there is no task".to_owned(),
+            Protocol::Supervised => {
+                "needs a method that is trained on whole training sets: vp".to_owned()
+            }
             Protocol::CrossDataset => starts_from(builtin::CROSS_FROM),
             Protocol::DomainShift => starts_from(builtin::SHIFT_FROM),
         }
@@ -334,13 +339,10 @@ mod tests {
             assert!(first.is_some_and(|run| run.also_on.len() > 1));
         }
         // CoOp is not a method that its authors train on whole training sets.
-        assert_eq!(
-            (
-                of(Protocol::Supervised, true),
-                of(Protocol::Supervised, false)
-            ),
-            (1, 0)
-        );
+        assert_eq!(of(Protocol::Supervised, true), 0);
+        let mut wish = wish(&[], &[Protocol::Supervised])?;
+        wish.contestants = choose(&["zeroshot".into(), "vp".into()], &[])?;
+        assert_eq!(plan(&wish, &source())?.len(), 1 + 3);
         let mut folders: Vec<_> = runs.iter().map(|run| run.key.folder()).collect();
         folders.sort();
         folders.dedup();
