@@ -12,7 +12,7 @@
 //!   the sequence for a batch.
 //! - `task_mask = "neg_inf"` leaves classes of other tasks out; theirs, `zero`, lets each count as a logit of 0.
 //! - `project_method = "mlp"` is a GELU; theirs names a class that does not exist, and fails.
-//! - Sentences always end at their end token, as theirs do, nearly, with `CUT_CONTEXTLEN`: the numbers are the same.
+//! - `CUT_CONTEXTLEN` is no setting: every sentence ends at its own end token here, with the same numbers.
 //! - Initial words together with class-specific contexts are an error; theirs drops the second silently.
 //! - The last epoch is kept; the authors keep the one that is best on validation images, `train.keep = "best_val"`.
 

@@ -256,17 +256,17 @@ fn a_stopped_run_goes_on_to_the_same_bits() -> Result<()> {
                 "stopped after {stop}"
             );
             assert_eq!(resumed.history(), whole.history());
-            // Another seed, other settings: refused, and the file stays.
-            let other = Run { seed: 8, ..run() };
-            let refused = config
-                .fit(&clip, &data, &mut { other })
-                .unwrap_err()
-                .to_string();
-            assert!(
-                refused.contains("unfinished run with other weights, data, settings or seed"),
-                "{refused}"
-            );
-            assert!(plan.path.exists());
+            // Another seed, another start: refused, and the file stays.
+            let start = Some(whole.tensors()?.into_iter().collect());
+            for mut other in [Run { seed: 8, ..run() }, Run { start, ..run() }] {
+                let refused = config.fit(&clip, &data, &mut other).unwrap_err();
+                let refused = refused.to_string();
+                assert!(
+                    refused.contains("unfinished run with other weights, data, settings or seed"),
+                    "{refused}"
+                );
+                assert!(plan.path.exists());
+            }
         }
     }
     Ok(())

@@ -239,8 +239,12 @@ impl Data {
 
     /// Whether the prompt in `file` was trained on these lists.
     pub(crate) fn was_trained_on(&self, file: &PromptFile) -> bool {
-        let lists = file.notes.get("data").and_then(|data| data.get("lists"));
-        lists.and_then(Value::as_str) == Some(self.lists.as_str())
+        let is_this = |data: &Value| data["lists"] == self.lists.as_str();
+        match file.notes.get("data") {
+            Some(Value::Array(several)) => several.iter().any(is_this),
+            Some(data) => is_this(data),
+            None => false,
+        }
     }
 
     /// `shots` training images of each class, or all with 0.

@@ -12,11 +12,12 @@ use candle_core::Tensor;
 use cliptune::method::{AnyMethod, Entry, Predictor, Task};
 use cliptune::prompt_file::{self, PromptFile};
 use cliptune::run::CheckpointPlan;
+use cliptune::tasks::{self, TaskClasses, Tasks};
 use cliptune::train::{self, Recipe};
 use cliptune::{Clip, Error, Labelled, Run, registry};
 use serde_json::{Value, json};
 
-use super::data::{self, CachePlan, Data, Subset};
+use super::data::{self, CachePlan, Data, Draw, Subset};
 use super::fit_file::FitFile;
 use super::model::{self, MachineArgs, StorageName};
 use super::out;
@@ -31,9 +32,10 @@ pub(crate) struct Fit {
     /// CLIP weights: OpenAI's .pt, an OpenCLIP or Hugging Face file or folder, safetensors
     #[arg(long, value_name = "WEIGHTS")]
     clip: Option<PathBuf>,
-    /// Labelled images: a folder with one folder per class, a CSV, or images/ beside split_zhou_*.json
+    /// Labelled images: a folder with one folder per class, a CSV, or images/ beside split_zhou_*.json; given several times,
+    /// all classes of all of them
     #[arg(long, value_name = "DIR")]
-    images: Option<PathBuf>,
+    images: Vec<PathBuf>,
     /// Method, as `cliptune list` prints it
     #[arg(long, value_name = "METHOD")]
     method: Option<String>,
@@ -106,7 +108,8 @@ pub(crate) struct Fit {
 /// All that a fit needs to know, from flags and file, checked.
 struct Plan {
     clip: PathBuf,
-    images: PathBuf,
+    /// At least one.
+    images: Vec<PathBuf>,
     out: PathBuf,
     entry: Entry,
     method: Box<dyn AnyMethod>,
@@ -144,12 +147,11 @@ impl Fit {
             "clip",
             "the CLIP weights",
         )?;
-        let images = needed(
-            self.images.as_ref(),
-            file.images.as_ref(),
-            "images",
-            "the labelled images",
-        )?;
+        let images = match self.images.is_empty() {
+            true => file.images.map(Vec::from).unwrap_or_default(),
+            false => self.images.clone(),
+        };
+        needed(images.first(), None, "images", "the labelled images")?;
         let out = needed(
             self.out.as_ref(),
             file.out.as_ref(),
@@ -160,7 +162,16 @@ impl Fit {
             anyhow!("--method is missing: what to learn; `cliptune list` shows the methods, `coop` is a good start")
         })?;
         let entry = registry::find(slug)?;
+        let subset = self.subset.or(file.subset).unwrap_or_default();
         let mut flags = Vec::new();
+        if images.len() > 1 && (entry.defaults)().get("tasks").is_some() {
+            // Before what the user says, who may divide them otherwise.
+            flags.push(Setting::from_alias(
+                "--images",
+                "tasks",
+                tasks_of(&images, subset)?,
+            ));
+        }
         for set in &self.set {
             flags.push(Setting::from_flag(set)?);
         }
@@ -200,11 +211,11 @@ impl Fit {
             method,
             shots: self.shots.or(file.shots).unwrap_or(0),
             seed: self.seed.or(file.seed).unwrap_or(1),
-            subset: self.subset.or(file.subset).unwrap_or_default(),
+            subset,
             skip_bad_images: self.skip_bad_images || file.skip_bad_images.unwrap_or(false),
             cache,
             init: match self.init.is_empty() {
-                true => file.init.unwrap_or_default(),
+                true => file.init.map(Vec::from).unwrap_or_default(),
                 false => self.init.clone(),
             },
             fresh: self.fresh || file.fresh.unwrap_or(false),
@@ -234,21 +245,11 @@ impl Plan {
     fn run(self) -> Result<()> {
         let started = Instant::now();
         model::set_threads(self.threads)?;
-        let data = Data::open(
-            &self.images,
-            self.subset,
-            self.skip_bad_images,
-            &mut Show::new(self.quiet),
-        )?;
-        let draw = data.draw(self.shots, self.seed)?;
-        data.in_words().into_iter().for_each(|line| self.say(line));
-        self.say(format_args!(
-            "drawn     {}",
-            draw.in_words(self.shots, self.seed)
-        ));
-        for warning in &draw.warnings {
-            self.say(format_args!("warning   {warning}"));
-        }
+        let drawn: Vec<(Data, Draw)> = self
+            .images
+            .iter()
+            .map(|images| self.draw(images))
+            .collect::<Result<_>>()?;
         if self.fresh && self.checkpoint.path.exists() {
             let path = &self.checkpoint.path;
             std::fs::remove_file(path).with_context(|| path.display().to_string())?;
@@ -257,7 +258,25 @@ impl Plan {
         let mut clip = model::load(&self.clip, self.storage, self.quiet)?;
         clip.set_memory_budget(self.memory.map(|mb| mb.saturating_mul(1_000_000)));
         let start = self.start(&clip)?;
-        let labelled = self.encode(&clip, &draw.labelled)?;
+        let mut parts = Vec::with_capacity(drawn.len());
+        for (_, draw) in &drawn {
+            parts.push(self.encode(&clip, &draw.labelled)?);
+        }
+        let labelled = match &parts[..] {
+            [labelled] => labelled.clone(),
+            parts => {
+                let names: Vec<String> = self.images.iter().map(|path| name_of(path)).collect();
+                let named = names.iter().map(String::as_str).zip(parts);
+                let (labelled, _) = tasks::union(&named.collect::<Vec<_>>())
+                    .context("the --images cannot be learned together")?;
+                self.say(format_args!(
+                    "together  {} images of {} classes",
+                    labelled.train.len(),
+                    labelled.classes.len()
+                ));
+                labelled
+            }
+        };
         let predictor = self.train(&clip, &labelled, start)?;
         let (train_accuracy, val_accuracy) = accuracies(predictor.as_ref(), &clip, &labelled)?;
         let epochs = predictor.training().map(|history| history.epochs.len());
@@ -265,7 +284,10 @@ impl Plan {
         let notes = json!({
             "shots": self.shots,
             "subset": self.subset.name(),
-            "data": data.notes(),
+            "data": match &drawn[..] {
+                [(data, _)] => data.notes(),
+                drawn => drawn.iter().map(|(data, _)| data.notes()).collect(),
+            },
             "train_images": labelled.train.len(),
             "val_images": labelled.val.as_ref().map_or(0, |val| val.len()),
             "epochs": epochs,
@@ -325,7 +347,9 @@ impl Plan {
         self.say(format_args!(
             "next      cliptune eval --clip {} --images {}{subset} --prompt {}",
             quoted(&self.clip),
-            quoted(&self.images),
+            self.images
+                .first()
+                .map_or_else(String::new, |path| quoted(path)),
             quoted(&self.out)
         ));
         self.say(format_args!(
@@ -334,6 +358,22 @@ impl Plan {
             quoted(&self.out)
         ));
         Ok(())
+    }
+
+    /// Opens a data set and draws from it.
+    fn draw(&self, images: &Path) -> Result<(Data, Draw)> {
+        let mut show = Show::new(self.quiet);
+        let data = Data::open(images, self.subset, self.skip_bad_images, &mut show)?;
+        let draw = data.draw(self.shots, self.seed)?;
+        data.in_words().into_iter().for_each(|line| self.say(line));
+        self.say(format_args!(
+            "drawn     {}",
+            draw.in_words(self.shots, self.seed)
+        ));
+        for warning in &draw.warnings {
+            self.say(format_args!("warning   {warning}"));
+        }
+        Ok((data, draw))
     }
 
     /// Encodes once what is seen again and again.
@@ -420,6 +460,25 @@ impl Plan {
             error => anyhow!(error).context("training failed"),
         })
     }
+}
+
+/// What a data set is called among others.
+fn name_of(images: &Path) -> String {
+    let name = images.file_stem().unwrap_or(images.as_os_str());
+    name.to_string_lossy().into_owned()
+}
+
+/// The classes of several data sets as the setting `tasks`.
+fn tasks_of(images: &[PathBuf], subset: Subset) -> Result<Value> {
+    let task = |path: &PathBuf| {
+        Ok(TaskClasses {
+            name: name_of(path),
+            n_cls: data::class_names(path, subset)?.len(),
+        })
+    };
+    let tasks = Tasks::new(images.iter().map(task).collect::<Result<_>>()?)
+        .context("the --images cannot be learned together")?;
+    Ok(serde_json::to_value(tasks)?)
 }
 
 /// Percent of right answers on the images trained on and on those to choose by, of what is kept.

@@ -11,13 +11,39 @@ use super::data::Subset;
 use super::model::StorageName;
 use super::settings::Setting;
 
+/// One path, or several.
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "expected a path or a list of paths")]
+pub(crate) enum Paths {
+    One(PathBuf),
+    Many(Vec<PathBuf>),
+}
+
+impl Paths {
+    fn iter_mut(&mut self) -> impl Iterator<Item = &mut PathBuf> {
+        match self {
+            Self::One(path) => std::slice::from_mut(path).iter_mut(),
+            Self::Many(paths) => paths.iter_mut(),
+        }
+    }
+}
+
+impl From<Paths> for Vec<PathBuf> {
+    fn from(paths: Paths) -> Self {
+        match paths {
+            Paths::One(path) => vec![path],
+            Paths::Many(paths) => paths,
+        }
+    }
+}
+
 /// What a file may say; every key is optional, and flags win.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct FitFile {
     pub(crate) clip: Option<PathBuf>,
     pub(crate) storage: Option<StorageName>,
-    pub(crate) images: Option<PathBuf>,
+    pub(crate) images: Option<Paths>,
     pub(crate) subset: Option<Subset>,
     pub(crate) shots: Option<usize>,
     pub(crate) method: Option<String>,
@@ -29,7 +55,7 @@ pub(crate) struct FitFile {
     pub(crate) cache: Option<PathBuf>,
     pub(crate) no_cache: Option<bool>,
     pub(crate) skip_bad_images: Option<bool>,
-    pub(crate) init: Option<Vec<PathBuf>>,
+    pub(crate) init: Option<Paths>,
     pub(crate) fresh: Option<bool>,
     pub(crate) quiet: Option<bool>,
     pub(crate) memory: Option<u64>,
@@ -49,15 +75,11 @@ impl FitFile {
         let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
         let mut file = Self::parse(&text, &path.display().to_string())?;
         let folder = path.parent().unwrap_or(Path::new(""));
-        for path in [
-            &mut file.clip,
-            &mut file.images,
-            &mut file.out,
-            &mut file.cache,
-        ]
-        .into_iter()
-        .flatten()
-        .chain(file.init.iter_mut().flatten())
+        for path in [&mut file.clip, &mut file.out, &mut file.cache]
+            .into_iter()
+            .flatten()
+            .chain(file.images.iter_mut().flat_map(Paths::iter_mut))
+            .chain(file.init.iter_mut().flat_map(Paths::iter_mut))
         {
             *path = folder.join(&path);
         }
@@ -178,6 +200,7 @@ mod tests {
         assert!(message("seed = 1\n\nshots = \"x\"").starts_with("fit.toml:3: invalid type"));
         assert!(message("seed = 1\n[config\n").starts_with("fit.toml:2: "));
         assert!(message("subset = \"old\"").contains("base"));
+        assert!(message("seed = 1\nimages = 3").starts_with("fit.toml:2: expected a path"));
         assert!(message("[config]\ntrain.lr = nan").starts_with("fit.toml:2: "));
     }
 

@@ -1,5 +1,7 @@
 //! What a person does: learn, measure, use.
 
+use cliptune::prompt_file::PromptFile;
+
 use crate::support::{CLASSES, Scene, fixture};
 
 #[test]
@@ -190,6 +192,61 @@ fn a_file_says_what_flags_say() {
         scene.read("prompt.safetensors") == flags,
         "the prompts differ"
     );
+}
+
+#[test]
+fn several_data_sets_are_learned_together() {
+    let scene = Scene::with_photos(4);
+    for (set, class) in [("a", 0), ("a", 1), ("b", 2), ("b", 3)] {
+        let (name, _) = CLASSES[class];
+        let (from, to) = (format!("photos/{name}"), format!("{set}/{name}"));
+        std::fs::create_dir_all(scene.path(set)).unwrap();
+        std::fs::rename(scene.path(&from), scene.path(&to)).unwrap();
+    }
+    let fit = |method: &str, out: &str, args: &[&str]| {
+        let fit = [
+            "fit", "--clip", "CLIP", "--images", "a", "--images", "b", "--method", method,
+            "--epochs", "1", "--batch", "4", "-o", out,
+        ];
+        scene.ok(&[&fit[..], args].concat())
+    };
+    for (method, args) in [
+        ("coop", &["--set", "n_ctx=2"][..]),
+        (
+            "mvlpt",
+            &["--set", "task_mask=neg_inf", "--set", "train.keep=best_val"],
+        ),
+    ] {
+        fit(method, method, args);
+        let file = PromptFile::load(&scene.path(method)).unwrap();
+        assert_eq!(file.classes.names(), CLASSES.map(|(name, _)| name));
+        // Each is measured among its own classes.
+        for set in ["a", "b"] {
+            let eval = [
+                "eval", "--clip", "CLIP", "--images", set, "--prompt", method, "--json",
+            ];
+            assert_eq!(
+                scene.ok(&eval).json()["per_class"]
+                    .as_array()
+                    .unwrap()
+                    .len(),
+                2
+            );
+        }
+    }
+    let file = PromptFile::load(&scene.path("mvlpt")).unwrap();
+    let tasks = serde_json::json!([{"name": "a", "n_cls": 2}, {"name": "b", "n_cls": 2}]);
+    assert_eq!(file.config["tasks"], tasks);
+    // The same as a list in a file; twice the same is no two tasks.
+    let config = "images = [\"a\", \"b\"]\ninit = \"coop\"\nmethod = \"coop\"\nepochs = 1\n[config]\nn_ctx = 2\n";
+    scene.write("fit.toml", config);
+    scene.ok(&[
+        "fit", "--config", "fit.toml", "--clip", "CLIP", "-o", "again",
+    ]);
+    let twice = [
+        "fit", "--clip", "CLIP", "--images", "a", "--images", "a", "--method", "mvlpt", "-o", "p",
+    ];
+    scene.refused(&twice, &["a name that no other task has"]);
 }
 
 #[test]
