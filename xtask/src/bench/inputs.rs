@@ -203,6 +203,24 @@ fn tensors(task: &Task, arch: &Arch) -> Result<Named> {
             }
             entries
         }
+        Task::Vp {
+            classes,
+            padding,
+            batch,
+        } => {
+            let side = arch.image_resolution;
+            let across = [1, 3, padding, side];
+            let upright = [1, 3, side - 2 * padding, padding];
+            vec![
+                normal("text_features", &[classes, dim], 1.0)?,
+                pixels(batch)?,
+                labels(batch, classes)?,
+                normal("pad_up", &across, 1.0)?,
+                normal("pad_down", &across, 1.0)?,
+                normal("pad_left", &upright, 1.0)?,
+                normal("pad_right", &upright, 1.0)?,
+            ]
+        }
         Task::ZeroShot {
             templates,
             names: n,

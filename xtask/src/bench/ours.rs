@@ -49,6 +49,7 @@ pub(super) fn work(job: &Job, twice: bool) -> Result<Box<dyn Work>> {
             Box::new(deep::Maple::new(clip, &inputs, classes, n_ctx)?)
         }
         Task::DeepVpt { n_ctx, .. } => Box::new(deep::DeepVpt::new(clip, &inputs, n_ctx)?),
+        Task::Vp { padding, .. } => Box::new(deep::Vp::new(clip, &inputs, padding)?),
         Task::ZeroShot { templates, .. } => Box::new(ZeroShot {
             prompts: Prompts::of_tokens(tokens(&inputs)?),
             clip,

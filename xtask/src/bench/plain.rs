@@ -48,6 +48,7 @@ pub(super) fn work(job: &Job) -> Result<Box<dyn Work>> {
         Task::Vpt { graph, .. } => Box::new(several::vpt(clip, &inputs, graph)?),
         Task::Maple { .. } => Box::new(deep::maple(clip, &inputs)?),
         Task::DeepVpt { .. } => Box::new(deep::deep_vpt(clip, &inputs)?),
+        Task::Vp { .. } => Box::new(deep::Vp::new(clip, &inputs)?),
         Task::ZeroShot {
             templates, batch, ..
         } => Box::new(ZeroShot {

@@ -114,6 +114,13 @@ pub(super) enum Task {
         depth: usize,
         batch: usize,
     },
+    /// VP: a learned frame around every image, class features at hand. Forward, loss, all gradients.
+    Vp {
+        classes: usize,
+        /// Width of the frame, pixels.
+        padding: usize,
+        batch: usize,
+    },
     /// Class features from templates, without gradient.
     ZeroShot {
         templates: usize,
@@ -298,6 +305,17 @@ impl Row {
                 },
             },
             Self {
+                name: "vp",
+                title: "VP step: a frame of 30 pixels, batch 8, ViT-B/16's image tower",
+                note: "Forward, loss and the frame's gradients; the features of 100 classes are at hand.",
+                sizes: Sizes::VitB16,
+                task: Task::Vp {
+                    classes: 100,
+                    padding: 30,
+                    batch: 8,
+                },
+            },
+            Self {
                 name: "zeroshot",
                 title: "Zero-shot class features: a sample of 8 templates × 40 names",
                 note: "Every tenth of the 80 ImageNet templates and 40 of the 1,000 names; no gradient. PyTorch and candle encode \
@@ -334,7 +352,10 @@ impl Row {
     /// Who takes part. There is nothing to cut in an image.
     pub(super) fn contenders(&self) -> Vec<Contender> {
         let takes_part = |contender: &Contender| match contender {
-            Contender::Fair => !matches!(self.task, Task::Image { .. } | Task::DeepVpt { .. }),
+            Contender::Fair => !matches!(
+                self.task,
+                Task::Image { .. } | Task::DeepVpt { .. } | Task::Vp { .. }
+            ),
             Contender::OursTwice => self.grows(),
             _ => true,
         };

@@ -196,7 +196,7 @@ fn a_file_says_what_flags_say() {
 
 #[test]
 fn several_data_sets_are_learned_together() {
-    let scene = Scene::with_photos(4);
+    let scene = Scene::with_photos(6);
     for (set, class) in [("a", 0), ("a", 1), ("b", 2), ("b", 3)] {
         let (name, _) = CLASSES[class];
         let (from, to) = (format!("photos/{name}"), format!("{set}/{name}"));

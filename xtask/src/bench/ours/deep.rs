@@ -1,4 +1,4 @@
-//! The methods with prompts in the blocks of the image tower: MaPLe and deep visual prompt tuning.
+//! The methods that send images through the tower at every step: MaPLe, deep visual prompt tuning, VP.
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
@@ -7,6 +7,7 @@ use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, Prompts};
 use cliptune_core::visual_prompt::{Tokens, VisualPrompts};
 use cliptune_core::{Classes, Clip, Learned, Params, ops};
 use cliptune_multimodal_pt::{DeepVptConfig, MaPLe, MaPLeConfig};
+use cliptune_visual_pt::VpConfig;
 use serde_json::json;
 
 use super::{labels, with_gradients};
@@ -134,5 +135,46 @@ impl Work for DeepVpt {
         let of_block = |block| learned(self.vpt.params(), &visual_prompt_key(block));
         let tokens = (0..self.depth).map(of_block).collect::<Result<_>>()?;
         forecast(&self.clip, self.pixels.dim(0)?, tokens).map(Some)
+    }
+}
+
+pub(super) struct Vp {
+    clip: Clip,
+    vp: Learned<cliptune_visual_pt::Vp>,
+    /// `(classes, dim)`, of unit length.
+    text: Tensor,
+    pixels: Tensor,
+    labels: Vec<u32>,
+}
+
+impl Vp {
+    pub(super) fn new(clip: Clip, inputs: &Named, padding: usize) -> Result<Self> {
+        let config = VpConfig::read(&json!({ "prompt_size": padding }))?;
+        let text = &inputs["text_features"];
+        let classes = Classes::new(names(text.dim(0)?))?;
+        Ok(Self {
+            vp: Learned::<cliptune_visual_pt::Vp>::with_tensors(
+                &config, &clip, &classes, 0, inputs,
+            )?,
+            clip,
+            text: ops::unit_length(text, "a text feature")?,
+            pixels: inputs["pixels"].clone(),
+            labels: labels(inputs)?,
+        })
+    }
+}
+
+impl Work for Vp {
+    fn step(&mut self, _: usize) -> Result<Named> {
+        let delta = self.vp.perturbations(&[(0, 0)])?;
+        let images = self.vp.image_features(&self.clip, &self.pixels, &delta)?;
+        let logits = self.clip.unit_logits(&images, &self.text)?;
+        let loss = ops::cross_entropy(&logits, &self.labels)?;
+        let results = [("image_features", &images), ("logits", &logits)];
+        with_gradients(&results, &loss, self.vp.params())
+    }
+
+    fn forecast(&self) -> Result<Option<u64>> {
+        Ok(None)
     }
 }

@@ -1,4 +1,4 @@
-//! The methods with prompts in the blocks of the image tower: MaPLe and deep visual prompt tuning.
+//! The methods that send images through the tower at every step: MaPLe, deep visual prompt tuning, VP.
 
 use std::collections::BTreeMap;
 
@@ -139,6 +139,56 @@ impl Work for Deep {
         for (name, var) in &self.learned {
             if let Some(gradient) = store.get(var) {
                 named.insert(format!("grad.{name}"), gradient.detach());
+            }
+        }
+        Ok(named)
+    }
+}
+
+/// The frame's pieces by their keys.
+const PIECES: [&str; 4] = ["pad_up", "pad_down", "pad_left", "pad_right"];
+
+pub(super) struct Vp {
+    clip: PlainClip,
+    pieces: [Var; 4],
+    /// `(classes, dim)`, of unit length.
+    text: Tensor,
+    pixels: Tensor,
+    labels: Vec<u32>,
+}
+
+impl Vp {
+    pub(super) fn new(clip: PlainClip, inputs: &Named) -> Result<Self> {
+        let [up, down, left, right] = PIECES.map(|key| Var::from_tensor(&inputs[key]));
+        Ok(Self {
+            clip,
+            pieces: [up?, down?, left?, right?],
+            text: unit(&inputs["text_features"])?,
+            pixels: inputs["pixels"].clone(),
+            labels: labels(inputs)?,
+        })
+    }
+}
+
+impl Work for Vp {
+    fn step(&mut self, _: usize) -> Result<Named> {
+        let [up, down, left, right] = &self.pieces;
+        let (_, _, inner, padding) = left.dims4()?;
+        let across = up.dim(3)? - 2 * padding;
+        let nothing = Tensor::zeros((1, 3, inner, across), left.dtype(), &Device::Cpu)?;
+        let between = Tensor::cat(&[left.as_tensor(), &nothing, right.as_tensor()], 3)?;
+        let frame = Tensor::cat(&[up.as_tensor(), &between, down.as_tensor()], 2)?;
+        let framed = self.pixels.broadcast_add(&frame)?;
+        let images = self.clip.vit(&framed, None, &|_, x| Ok(x))?;
+        let logits = (unit(&images)? * self.clip.scale()?)?.matmul(&self.text.t()?)?;
+        let labels = Tensor::new(self.labels.as_slice(), &Device::Cpu)?;
+        let store = candle_nn::loss::cross_entropy(&logits, &labels)?.backward()?;
+        let mut named = Named::new();
+        named.insert("image_features".into(), images.detach());
+        named.insert("logits".into(), logits.detach());
+        for (key, piece) in PIECES.iter().zip(&self.pieces) {
+            if let Some(gradient) = store.get(piece) {
+                named.insert(format!("grad.{key}"), gradient.detach());
             }
         }
         Ok(named)
