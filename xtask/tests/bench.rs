@@ -49,6 +49,7 @@ fn rows_are_listed() -> TestResult {
         "vpt",
         "maple",
         "deep-vpt",
+        "vp",
         "zeroshot",
         "vit-b16",
         "rn50",
@@ -85,7 +86,7 @@ fn ours_equals_candle_in_every_row() -> TestResult {
     assert!(output.status.success(), "{}", text(&output.stderr));
     let results: Value = serde_json::from_slice(&std::fs::read(result(dir.path(), "json")?)?)?;
     let rows = results["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 10);
+    assert_eq!(rows.len(), 11);
     let page = std::fs::read_to_string(result(dir.path(), "md")?)?;
     for row in rows {
         let name = row["row"].as_str().unwrap();
@@ -141,6 +142,14 @@ fn ours_equals_candle_in_every_row() -> TestResult {
                 "grad.image_encoder.VPT",
                 "grad.image_encoder.transformer.resblocks.1.VPT_shallow",
                 "grad.image_encoder.transformer.resblocks.2.VPT_shallow",
+                "image_features",
+                "logits",
+            ],
+            "vp" => &[
+                "grad.pad_down",
+                "grad.pad_left",
+                "grad.pad_right",
+                "grad.pad_up",
                 "image_features",
                 "logits",
             ],
