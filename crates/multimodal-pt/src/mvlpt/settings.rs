@@ -54,7 +54,7 @@ pub enum TaskMask {
     NegInf,
 }
 
-/// Settings of [`Mvlpt`]; the defaults are the authors'.
+/// Settings of [`super::Mvlpt`]; the defaults are the authors'.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MvlptConfig {
