@@ -10,16 +10,19 @@
 //! with AVX2, the same for f16- and f32-held matrices within 10 %; the `gemm` crate, which lays the matrix out in each call,
 //! 53 to 94 at 17 rows and 97 to 107 from 120 on (`cargo bench -p cliptune-benches --bench kernels`).
 
+mod lanes;
+
 use std::cell::RefCell;
 use std::ops::Range;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
+use self::lanes::x86::{Avx2, Avx512};
+use self::lanes::{Element, LANES, Lanes, Plain};
 use super::Shared;
 
-/// Columns of a panel.
-const LANES: usize = 16;
 /// Rows of a panel that are walked at a time: they stay in the first cache while all rows of the other operand pass.
 const DEPTH: usize = 512;
 
@@ -347,14 +350,14 @@ unsafe fn run<T: Element>(job: Job<'_>, panels: &[T]) {
         {
             if std::arch::is_x86_feature_detected!("avx512f") {
                 // SAFETY: the feature is there.
-                return unsafe { x86::run_avx512(job, panels, scratch) };
+                return unsafe { run_avx512(job, panels, scratch) };
             }
             if std::arch::is_x86_feature_detected!("avx2")
                 && std::arch::is_x86_feature_detected!("fma")
                 && std::arch::is_x86_feature_detected!("f16c")
             {
                 // SAFETY: the features are there.
-                return unsafe { x86::run_avx2(job, panels, scratch) };
+                return unsafe { run_avx2(job, panels, scratch) };
             }
         }
         // SAFETY: plain arrays need no feature.
@@ -362,59 +365,26 @@ unsafe fn run<T: Element>(job: Job<'_>, panels: &[T]) {
     });
 }
 
-/// Sixteen numbers in the registers of an instruction set.
+/// [`walk`] with AVX2.
 ///
 /// # Safety
-/// Methods may be called only where the processor has the instruction set; pointers must be valid for sixteen elements.
-trait Lanes: Copy {
-    unsafe fn zero() -> Self;
-    unsafe fn load(from: *const f32) -> Self;
-    unsafe fn load_half(from: *const f16) -> Self;
-    unsafe fn load_brain(from: *const bf16) -> Self;
-    unsafe fn store(self, to: *mut f32);
-    unsafe fn plus(self, other: Self) -> Self;
-    /// `self + x · y`.
-    unsafe fn plus_product(self, x: f32, y: Self) -> Self;
+/// Needs AVX2, FMA and F16C.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn run_avx2<T: Element>(job: Job<'_>, panels: &[T], scratch: &mut Scratch) {
+    // SAFETY: the features are those of this function.
+    unsafe { walk::<Avx2, T, 6>(job, panels, scratch) }
 }
 
-/// A number type of panels.
-trait Element: Copy {
-    /// Whether loading takes more than moving.
-    const NARROW: bool;
-
-    /// # Safety
-    /// As for [`Lanes`].
-    unsafe fn load<L: Lanes>(from: *const Self) -> L;
-}
-
-impl Element for f32 {
-    const NARROW: bool = false;
-
-    #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const Self) -> L {
-        // SAFETY: handed on.
-        unsafe { L::load(from) }
-    }
-}
-
-impl Element for f16 {
-    const NARROW: bool = true;
-
-    #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const Self) -> L {
-        // SAFETY: handed on.
-        unsafe { L::load_half(from) }
-    }
-}
-
-impl Element for bf16 {
-    const NARROW: bool = true;
-
-    #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const Self) -> L {
-        // SAFETY: handed on.
-        unsafe { L::load_brain(from) }
-    }
+/// [`walk`] with AVX-512.
+///
+/// # Safety
+/// Needs AVX-512F.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn run_avx512<T: Element>(job: Job<'_>, panels: &[T], scratch: &mut Scratch) {
+    // SAFETY: the feature is that of this function.
+    unsafe { walk::<Avx512, T, 12>(job, panels, scratch) }
 }
 
 /// All tiles, block of depth by block of depth.
@@ -587,184 +557,6 @@ impl<T: Element> Tile<T> {
                     *to.add(column) += x;
                 }
             }
-        }
-    }
-}
-
-/// For processors without a version of their own; the compiler vectorises it for what the target always has.
-#[derive(Clone, Copy)]
-struct Plain([f32; LANES]);
-
-impl Lanes for Plain {
-    #[inline(always)]
-    unsafe fn zero() -> Self {
-        Self([0.0; LANES])
-    }
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: sixteen elements.
-        Self(unsafe { from.cast::<[f32; LANES]>().read_unaligned() })
-    }
-    #[inline(always)]
-    unsafe fn load_half(from: *const f16) -> Self {
-        // SAFETY: sixteen elements.
-        Self(unsafe { from.cast::<[f16; LANES]>().read_unaligned() }.map(f16::to_f32))
-    }
-    #[inline(always)]
-    unsafe fn load_brain(from: *const bf16) -> Self {
-        // SAFETY: sixteen elements.
-        Self(unsafe { from.cast::<[bf16; LANES]>().read_unaligned() }.map(bf16::to_f32))
-    }
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: sixteen elements.
-        unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
-    }
-    #[inline(always)]
-    unsafe fn plus(self, other: Self) -> Self {
-        Self(std::array::from_fn(|i| self.0[i] + other.0[i]))
-    }
-    #[inline(always)]
-    unsafe fn plus_product(self, x: f32, y: Self) -> Self {
-        Self(std::array::from_fn(|i| self.0[i] + x * y.0[i]))
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::{
-        __m256, __m512, _mm_loadu_si128, _mm256_add_ps, _mm256_castsi256_ps, _mm256_cvtepu16_epi32,
-        _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_set1_ps,
-        _mm256_setzero_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm512_add_ps, _mm512_castsi512_ps,
-        _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps,
-        _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
-    };
-
-    use half::{bf16, f16};
-
-    use super::{Element, Job, Lanes, Scratch, walk};
-
-    /// # Safety
-    /// Needs AVX2, FMA and F16C.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) unsafe fn run_avx2<T: Element>(job: Job<'_>, panels: &[T], scratch: &mut Scratch) {
-        // SAFETY: the features are those of this function.
-        unsafe { walk::<Avx2, T, 6>(job, panels, scratch) }
-    }
-
-    /// # Safety
-    /// Needs AVX-512F.
-    #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn run_avx512<T: Element>(job: Job<'_>, panels: &[T], scratch: &mut Scratch) {
-        // SAFETY: the feature is that of this function.
-        unsafe { walk::<Avx512, T, 12>(job, panels, scratch) }
-    }
-
-    #[derive(Clone, Copy)]
-    struct Avx2([__m256; 2]);
-
-    impl Lanes for Avx2 {
-        #[inline(always)]
-        unsafe fn zero() -> Self {
-            // SAFETY: the caller has the features.
-            unsafe { Self([_mm256_setzero_ps(); 2]) }
-        }
-        #[inline(always)]
-        unsafe fn load(from: *const f32) -> Self {
-            // SAFETY: sixteen elements; the caller has the features.
-            unsafe { Self([_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))]) }
-        }
-        #[inline(always)]
-        unsafe fn load_half(from: *const f16) -> Self {
-            // SAFETY: sixteen elements; the caller has the features.
-            unsafe {
-                let half = |at: *const f16| _mm256_cvtph_ps(_mm_loadu_si128(at.cast()));
-                Self([half(from), half(from.add(8))])
-            }
-        }
-        #[inline(always)]
-        unsafe fn load_brain(from: *const bf16) -> Self {
-            // SAFETY: sixteen elements; the caller has the features. A bf16 is the upper half of an f32.
-            unsafe {
-                let part = |at: *const bf16| {
-                    let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast()));
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
-                };
-                Self([part(from), part(from.add(8))])
-            }
-        }
-        #[inline(always)]
-        unsafe fn store(self, to: *mut f32) {
-            // SAFETY: sixteen elements; the caller has the features.
-            unsafe {
-                _mm256_storeu_ps(to, self.0[0]);
-                _mm256_storeu_ps(to.add(8), self.0[1]);
-            }
-        }
-        #[inline(always)]
-        unsafe fn plus(self, other: Self) -> Self {
-            // SAFETY: the caller has the features.
-            unsafe {
-                Self([
-                    _mm256_add_ps(self.0[0], other.0[0]),
-                    _mm256_add_ps(self.0[1], other.0[1]),
-                ])
-            }
-        }
-        #[inline(always)]
-        unsafe fn plus_product(self, x: f32, y: Self) -> Self {
-            // SAFETY: the caller has the features.
-            unsafe {
-                let x = _mm256_set1_ps(x);
-                Self([
-                    _mm256_fmadd_ps(x, y.0[0], self.0[0]),
-                    _mm256_fmadd_ps(x, y.0[1], self.0[1]),
-                ])
-            }
-        }
-    }
-
-    #[derive(Clone, Copy)]
-    struct Avx512(__m512);
-
-    impl Lanes for Avx512 {
-        #[inline(always)]
-        unsafe fn zero() -> Self {
-            // SAFETY: the caller has the feature.
-            unsafe { Self(_mm512_setzero_ps()) }
-        }
-        #[inline(always)]
-        unsafe fn load(from: *const f32) -> Self {
-            // SAFETY: sixteen elements; the caller has the feature.
-            unsafe { Self(_mm512_loadu_ps(from)) }
-        }
-        #[inline(always)]
-        unsafe fn load_half(from: *const f16) -> Self {
-            // SAFETY: sixteen elements; the caller has the feature.
-            unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
-        }
-        #[inline(always)]
-        unsafe fn load_brain(from: *const bf16) -> Self {
-            // SAFETY: sixteen elements; the caller has the feature. A bf16 is the upper half of an f32.
-            unsafe {
-                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
-                Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
-            }
-        }
-        #[inline(always)]
-        unsafe fn store(self, to: *mut f32) {
-            // SAFETY: sixteen elements; the caller has the feature.
-            unsafe { _mm512_storeu_ps(to, self.0) }
-        }
-        #[inline(always)]
-        unsafe fn plus(self, other: Self) -> Self {
-            // SAFETY: the caller has the feature.
-            unsafe { Self(_mm512_add_ps(self.0, other.0)) }
-        }
-        #[inline(always)]
-        unsafe fn plus_product(self, x: f32, y: Self) -> Self {
-            // SAFETY: the caller has the feature.
-            unsafe { Self(_mm512_fmadd_ps(_mm512_set1_ps(x), y.0, self.0)) }
         }
     }
 }
