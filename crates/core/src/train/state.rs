@@ -83,10 +83,11 @@ pub(super) fn identity(
     params: &Params,
 ) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
-    let mut add = |text: &str| {
-        hasher.update(&(text.len() as u64).to_le_bytes());
-        hasher.update(text.as_bytes());
+    let mut add_bytes = |bytes: &[u8]| {
+        hasher.update(&(bytes.len() as u64).to_le_bytes());
+        hasher.update(bytes);
     };
+    let mut add = |text: &str| add_bytes(text.as_bytes());
     add(env!("CARGO_PKG_VERSION"));
     add(clip.weights_hash());
     add(&settings.to_string());
@@ -98,11 +99,12 @@ pub(super) fn identity(
     }
     for param in params.iter() {
         add(&format!("{} {:?}", param.name(), param.tensor().dims()));
-        if run.start.is_some() {
-            add(&format!(
-                "{:?}",
-                param.value()?.flatten_all()?.to_vec1::<f32>()?
-            ));
+    }
+    if run.start.is_some() {
+        for param in params.iter() {
+            let values = param.value()?.flatten_all()?.to_vec1::<f32>()?;
+            let bytes: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
+            add_bytes(&bytes);
         }
     }
     Ok(hasher.finalize().to_hex().to_string())
