@@ -46,14 +46,7 @@ fn image_prompts(c: &mut Criterion) {
             param.tensor().clone()
         })
         .collect();
-    let declare = || {
-        let mut prompts = VisualPrompts::new();
-        prompts.join_before_ln_pre(Tokens::Shared(deep[0].clone()));
-        for (block, tokens) in deep.iter().enumerate().skip(1) {
-            prompts.replace(block, Tokens::Shared(tokens.clone()));
-        }
-        prompts
-    };
+    let declare = || VisualPrompts::deep(deep.iter().cloned().map(Tokens::Shared));
     group.bench_function("deep VPT, batch 4, 8 tokens, 12 blocks", |b| {
         b.iter(|| {
             let features = clip.image().encode_prompted(&pixels, &declare()).unwrap();
@@ -72,15 +65,11 @@ fn image_prompts(c: &mut Criterion) {
         .collect();
     group.bench_function("MaPLe's image half, batch 4, 2 tokens, 9 blocks", |b| {
         b.iter(|| {
-            let mut prompts = VisualPrompts::new();
-            for (block, projection) in projections.iter().enumerate() {
+            let tokens = projections.iter().enumerate().map(|(block, projection)| {
                 let own = text_side.tensor().i(block).unwrap();
-                let tokens = Tokens::Shared(projection.forward(&own).unwrap());
-                match block {
-                    0 => prompts.join_before_ln_pre(tokens),
-                    _ => prompts.replace(block, tokens),
-                }
-            }
+                Tokens::Shared(projection.forward(&own).unwrap())
+            });
+            let prompts = VisualPrompts::deep(tokens);
             let features = clip.image().encode_prompted(&pixels, &prompts).unwrap();
             step(&clip, &features, &text, &params);
         });

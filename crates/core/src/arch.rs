@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::{Error, Result};
+
 /// Positions of CLIP's text tower.
 pub const CONTEXT_LENGTH: usize = 77;
 /// Size of CLIP's vocabulary, start and end token included.
@@ -66,6 +68,20 @@ impl Arch {
     /// Attention heads of the text tower.
     pub fn text_heads(&self) -> usize {
         self.text_width / HEAD_WIDTH
+    }
+
+    /// Blocks and width of the image tower, for what needs a ViT.
+    ///
+    /// # Errors
+    /// [`Error::Prompt`] for a ResNet.
+    pub fn vit_sizes(&self) -> Result<(usize, usize)> {
+        match self.vision {
+            VisionArch::Vit { layers, width, .. } => Ok((layers, width)),
+            VisionArch::ResNet { .. } => Err(Error::Prompt(format!(
+                "{} has a ResNet image tower, visual prompts need a ViT; take ViT weights, or a method that learns text prompts only",
+                self.name()
+            ))),
+        }
     }
 
     /// The published model with these sizes (`ViT-B/16`, `RN50`, ...), or a description of the image tower.

@@ -437,10 +437,7 @@ pub fn sizes_of(
     state: &TorchState,
     tower: &TextTower,
 ) -> Result<(Option<usize>, usize)> {
-    let ctx = state
-        .tensors
-        .get(key)
-        .ok_or_else(|| Error::Prompt(format!("the checkpoint holds no `{key}`")))?;
+    let ctx = state.tensor(key)?;
     match *ctx.dims() {
         [n_ctx, _] => Ok((None, n_ctx)),
         [contexts, n_ctx, _] => Ok((Some(contexts), n_ctx)),

@@ -3,6 +3,7 @@
 pub mod arch;
 pub mod checkpoint;
 pub mod clip;
+pub mod conditional;
 pub mod context;
 mod engine;
 mod error;

@@ -121,6 +121,14 @@ pub trait Classifier {
     fn class_attention(&self, _: &ImageBatch) -> Result<Option<Tensor>> {
         Ok(None)
     }
+
+    /// What is added to the normalised pixels of an image, `(1, 3, side, side)`, where something is.
+    ///
+    /// # Errors
+    /// Whatever the tensor library refuses.
+    fn added_pixels(&self) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
 }
 
 /// A classifier that compares image features with one fixed feature per class.

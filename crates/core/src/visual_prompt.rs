@@ -12,11 +12,11 @@
 //!
 //! | method | declaration |
 //! | --- | --- |
-//! | deep VPT, IVLP, MaPLe | `join_before_ln_pre(Shared)`, then `replace(l, Shared)` for block 1, 2, ... |
+//! | deep VPT, IVLP, MaPLe | [`VisualPrompts::deep`] of `Shared`: `join_before_ln_pre`, then `replace(l, ..)` for block 1, 2, ... |
 //! | UPT | `join_before_ln_pre(Shared)` |
 //! | MVLPT | `replace(l, Shared)` for block 0, 1, ... |
 //! | PLOT++ | `join_before_ln_pre(PerSet)` |
-//! | RePrompt | `join_before_ln_pre(PerImage)`, then `replace(l, PerImage)` |
+//! | RePrompt | [`VisualPrompts::deep`] of `PerImage` |
 //! | CAVPT | `replace(l, Shared)` in the lower blocks, `replace(l, PerImage)` in the upper |
 //! | LASP | [`VisualPrompts::tune_layer_norms`] |
 //! | VP | none: the learned frame is added to the patches, see [`crate::clip::ImageTower::patches`] |
@@ -131,6 +131,19 @@ impl VisualPrompts {
     /// Nothing: the tower as it is.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Deep prompts: those of block 0 join before `ln_pre`, those of block 1, 2, ... replace the ones before them (MaPLe's
+    /// repository).
+    pub fn deep(by_block: impl IntoIterator<Item = Tokens>) -> Self {
+        let mut prompts = Self::new();
+        for (block, tokens) in by_block.into_iter().enumerate() {
+            match block {
+                0 => prompts.join_before_ln_pre(tokens),
+                _ => prompts.replace(block, tokens),
+            }
+        }
+        prompts
     }
 
     /// Lets tokens join the image's own before `ln_pre`, which they pass too.

@@ -408,7 +408,7 @@ impl Learner for Cavpt {
         classes: &Classes,
         params: &mut Params,
     ) -> Result<Self> {
-        let (blocks, width) = sides::vision(clip)?;
+        let (blocks, width) = clip.arch().vit_sizes()?;
         let free_blocks = match config.variant {
             Variant::Vlp => blocks,
             Variant::Dpt => {

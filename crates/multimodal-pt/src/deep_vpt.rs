@@ -139,7 +139,7 @@ impl Learner for DeepVpt {
         classes: &Classes,
         params: &mut Params,
     ) -> Result<Self> {
-        let (blocks, width) = sides::vision(clip)?;
+        let (blocks, width) = clip.arch().vit_sizes()?;
         let (set, papers) = (config.prompt_depth_vision, DeepVptConfig::DEPTH);
         let depth = sides::depth("prompt_depth_vision", set, papers, blocks, 1)?;
         let vision = VisualSide::new(params, width, config.n_ctx_vision, depth)?;

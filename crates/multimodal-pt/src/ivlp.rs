@@ -175,7 +175,7 @@ impl Learner for Ivlp {
         let vision = match config.is_text_only() {
             true => VisualSide::new(params, 0, 0, 0)?,
             false => {
-                let (blocks, width) = sides::vision(clip)?;
+                let (blocks, width) = clip.arch().vit_sizes()?;
                 let (key, set) = ("prompt_depth_vision", config.prompt_depth_vision);
                 let depth = sides::depth(key, set, papers, blocks, 0)?;
                 VisualSide::new(params, width, config.n_ctx_vision, depth)?

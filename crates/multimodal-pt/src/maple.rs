@@ -17,6 +17,7 @@ use cliptune_core::learned::{self, Learner};
 use cliptune_core::method::{self, Classifier, Entry, Method, Paper, Settings};
 use cliptune_core::prompt::ClassTokens;
 use cliptune_core::train::{Batch, Loss, Objective, Recipe, Step};
+use cliptune_core::visual_prompt::{Tokens, VisualPrompts};
 use cliptune_core::{
     Classes, Clip, Error, ImageNeeds, Labelled, Learned, Param, Params, Result, Run, context,
 };
@@ -148,7 +149,8 @@ impl MaPLe {
     /// # Errors
     /// [`Error::Shape`] if the pixels are not of the tower's resolution.
     pub fn image_features(&self, clip: &Clip, pixels: &Tensor) -> Result<Tensor> {
-        let prompts = sides::visual_prompts(self.vision_context()?);
+        let tokens = self.vision_context()?.into_iter().map(Tokens::Shared);
+        let prompts = VisualPrompts::deep(tokens);
         clip.image().encode_prompted(pixels, &prompts)
     }
 }
@@ -163,7 +165,7 @@ impl Learner for MaPLe {
         classes: &Classes,
         params: &mut Params,
     ) -> Result<Self> {
-        let (blocks, width) = sides::vision(clip)?;
+        let (blocks, width) = clip.arch().vit_sizes()?;
         let blocks = blocks.min(clip.arch().text_layers);
         let papers = MaPLeConfig::DEPTH;
         let depth = sides::depth("prompt_depth", config.prompt_depth, papers, blocks, 1)?;
@@ -212,8 +214,8 @@ impl Objective for MaPLe {
         classes: &Classes,
     ) -> Result<Box<dyn Classifier + 'a>> {
         let text = self.text_features(clip, &ClassTokens::new(clip.text(), classes)?)?;
-        let vision = self.vision_context()?.into_iter().map(|t| t.detach());
-        let prompts = sides::visual_prompts(vision);
+        let vision = self.vision_context()?.into_iter();
+        let prompts = VisualPrompts::deep(vision.map(|t| Tokens::Shared(t.detach())));
         Ok(Box::new(PromptedClassifier::new(clip, prompts, &text)?))
     }
 

@@ -16,13 +16,13 @@
 //! - Initial words together with class-specific contexts are an error; theirs drops the second silently.
 //! - The last epoch is kept; the authors keep the one that is best on validation images, `train.keep = "best_val"`.
 
-mod conditional;
 mod coupling;
 mod settings;
 mod vision;
 
 use candle_core::Tensor;
 use cliptune_core::checkpoint::TorchState;
+use cliptune_core::conditional::Conditional;
 use cliptune_core::context::{self, Context};
 use cliptune_core::learned::{self, Learner};
 use cliptune_core::method::{self, Classifier, Entry, Imported, Method, Paper, TextClassifier};
@@ -35,8 +35,6 @@ use cliptune_core::{
 };
 use serde_json::Value;
 
-pub use self::conditional::Conditional;
-use self::conditional::PerImage;
 use self::coupling::Coupling;
 pub use self::coupling::ProjectMethod;
 pub use self::settings::{MvlptConfig, TaskMask, Variant};
@@ -213,10 +211,7 @@ impl Mvlpt {
         let prompts = self.prompts()?;
         let images = self.image_features(clip, images, &prompts, Some(step))?;
         match &self.text {
-            Text::Conditional(conditional) => {
-                let unit = ops::unit_length(&images, "an image feature")?;
-                conditional.logits(clip, classes, &unit, &conditional.contexts(&unit)?)
-            }
+            Text::Conditional(conditional) => conditional.logits(clip, classes, &images),
             _ => {
                 let text = self.text_features(clip, classes, &prompts)?;
                 clip.cosine_logits(&images, &text)
@@ -279,7 +274,12 @@ impl Learner for Mvlpt {
             Variant::Coop | Variant::Upt => {
                 Text::Learned(start.context(params, clip.text(), classes)?)
             }
-            Variant::Cocoop => Text::Conditional(Conditional::new(params, &start, clip, classes)?),
+            Variant::Cocoop => {
+                let tower = clip.text();
+                let context =
+                    params.below("cocoop_", |params| start.context(params, tower, classes))?;
+                Text::Conditional(Conditional::new(params, context, clip)?)
+            }
             Variant::Vpt => {
                 // Refuses names that are too long before any work.
                 ClassTokens::new(clip.text(), classes)?.fill(DEFAULT)?;
@@ -293,7 +293,7 @@ impl Learner for Mvlpt {
         });
         let coupling = match variant {
             Variant::Upt => {
-                let widths = (clip.text().width(), sides::vision(clip)?.1);
+                let widths = (clip.text().width(), clip.arch().vit_sizes()?.1);
                 let method = config.project_method;
                 let learned = config.vpt_project.unwrap_or(widths.1);
                 if learned != widths.1 && method != ProjectMethod::Identity {
@@ -399,14 +399,7 @@ impl Objective for Mvlpt {
     ) -> Result<Box<dyn Classifier + 'a>> {
         let tokens = ClassTokens::new(clip.text(), classes)?;
         match &self.text {
-            Text::Conditional(conditional) => {
-                tokens.sentences(conditional.context.words())?;
-                return Ok(Box::new(PerImage {
-                    conditional,
-                    clip,
-                    classes: tokens,
-                }));
-            }
+            Text::Conditional(conditional) => return conditional.classifier(clip, classes),
             Text::Learned(context) => context.check_serves(classes)?,
             Text::HandWritten(_) => {}
         }

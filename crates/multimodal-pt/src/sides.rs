@@ -6,7 +6,7 @@ use cliptune_core::method::Classifier;
 use cliptune_core::prompt::{ClassTokenPosition, ClassTokens, Prompts, placeholder};
 use cliptune_core::train::{Augment, Recipe};
 use cliptune_core::visual_prompt::{Tokens, VisualPrompts};
-use cliptune_core::{Clip, Error, ImageBatch, Param, Params, Result, VisionArch, context, ops};
+use cliptune_core::{Clip, Error, ImageBatch, Param, Params, Result, context, ops};
 
 /// Standard deviation of prompts that start at random.
 pub(crate) const STD: f64 = 0.02;
@@ -26,20 +26,6 @@ pub(crate) fn recipe(lr: f64) -> Recipe {
         // The image tower runs at every step whatever the view.
         augment: Augment::CropFlip,
         ..Recipe::default()
-    }
-}
-
-/// Blocks and width of the image tower.
-///
-/// # Errors
-/// [`Error::Prompt`] for a ResNet.
-pub(crate) fn vision(clip: &Clip) -> Result<(usize, usize)> {
-    match clip.arch().vision {
-        VisionArch::Vit { layers, width, .. } => Ok((layers, width)),
-        VisionArch::ResNet { .. } => Err(Error::Prompt(format!(
-            "{} has a ResNet image tower, visual prompts need a ViT; take ViT weights, or a method that learns text prompts only",
-            clip.arch().name()
-        ))),
     }
 }
 
@@ -112,18 +98,6 @@ pub(crate) fn text_prompts(
     Ok(prompts)
 }
 
-/// Tokens that join before `ln_pre`, and what replaces them at block 1, 2, ...
-pub(crate) fn visual_prompts(by_block: impl IntoIterator<Item = Tensor>) -> VisualPrompts {
-    let mut prompts = VisualPrompts::new();
-    for (block, tokens) in by_block.into_iter().enumerate() {
-        match block {
-            0 => prompts.join_before_ln_pre(Tokens::Shared(tokens)),
-            _ => prompts.replace(block, Tokens::Shared(tokens)),
-        }
-    }
-    prompts
-}
-
 /// Free visual prompts of the first blocks under the authors' keys, `(n_ctx, width)` each.
 #[derive(Debug)]
 pub(crate) struct VisualSide(Vec<Param>);
@@ -151,12 +125,18 @@ impl VisualSide {
 
     /// To learn.
     pub(crate) fn prompts(&self) -> VisualPrompts {
-        visual_prompts(self.0.iter().map(|param| param.tensor().clone()))
+        VisualPrompts::deep(
+            self.0
+                .iter()
+                .map(|param| Tokens::Shared(param.tensor().clone())),
+        )
     }
 
     /// To predict: without gradients.
     pub(crate) fn constants(&self) -> Result<VisualPrompts> {
-        Ok(visual_prompts(values(&self.0)?))
+        Ok(VisualPrompts::deep(
+            values(&self.0)?.into_iter().map(Tokens::Shared),
+        ))
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -180,8 +160,7 @@ pub(crate) fn count(state: &TorchState, first: usize, key: impl Fn(usize) -> Str
 /// # Errors
 /// [`Error::Prompt`] if it is missing, [`Error::Shape`] if it is no matrix.
 pub(crate) fn rows_of(state: &TorchState, key: &str) -> Result<usize> {
-    let missing = || Error::Prompt(format!("the checkpoint holds no `{key}`"));
-    let tensor = state.tensors.get(key).ok_or_else(missing)?;
+    let tensor = state.tensor(key)?;
     match *tensor.dims() {
         [rows, _] => Ok(rows),
         _ => Err(Error::Shape {
@@ -197,8 +176,7 @@ pub(crate) fn rows_of(state: &TorchState, key: &str) -> Result<usize> {
 /// # Errors
 /// As [`rows_of`].
 pub(crate) fn leading_of(state: &TorchState, key: &str) -> Result<[usize; 2]> {
-    let missing = || Error::Prompt(format!("the checkpoint holds no `{key}`"));
-    let tensor = state.tensors.get(key).ok_or_else(missing)?;
+    let tensor = state.tensor(key)?;
     match *tensor.dims() {
         [blocks, rows, _] => Ok([blocks, rows]),
         _ => Err(Error::Shape {

@@ -317,7 +317,7 @@ impl Learner for Upt {
         classes: &Classes,
         params: &mut Params,
     ) -> Result<Self> {
-        let (blocks, vision_width) = sides::vision(clip)?;
+        let (blocks, vision_width) = clip.arch().vit_sizes()?;
         let (n_ctx, width) = (config.n_ctx, clip.text().width());
         let words = context::initial_words(config.ctx_init.as_deref());
         let words = words.unwrap_or_else(|| placeholder(n_ctx));
@@ -352,7 +352,7 @@ impl Learner for Upt {
         let [_, rows] = sides::leading_of(state, "uni_ctx")?;
         let parts = match config.depth {
             Depth::Shallow => 2,
-            Depth::Deep => 1 + sides::vision(clip)?.0,
+            Depth::Deep => 1 + clip.arch().vit_sizes()?.0,
         };
         if rows == 0 || !rows.is_multiple_of(parts) {
             return Err(Error::Prompt(format!(

@@ -13,17 +13,15 @@
 //! - The Meta-Net starts from our own generator, evenly from ±1/√in as PyTorch's `Linear`.
 //! - Images are seen without random crops unless `train.augment = "crop_flip"` asks for the authors' transform.
 
-use candle_core::Tensor;
+use std::ops::Deref;
+
 use cliptune_core::checkpoint::TorchState;
-use cliptune_core::context::{self, Context, Start};
-use cliptune_core::layers::{Mlp, Nonlinearity};
+use cliptune_core::conditional::Conditional;
+use cliptune_core::context::{self, Start};
 use cliptune_core::learned::{self, Learner};
 use cliptune_core::method::{self, Classifier, Entry, Method, Paper, Settings};
-use cliptune_core::prompt::ClassTokens;
 use cliptune_core::train::{Batch, Loss, Objective, Recipe, Step};
-use cliptune_core::{
-    Classes, Clip, Error, ImageBatch, ImageNeeds, Labelled, Learned, Params, Result, Run, ops,
-};
+use cliptune_core::{Classes, Clip, ImageNeeds, Labelled, Learned, Params, Result, Run};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -104,12 +102,14 @@ impl Method for CoCoOpConfig {
 
 /// A learned context and the network that shifts it.
 #[derive(Debug)]
-pub struct CoCoOp {
-    /// `(n_ctx, width)`.
-    pub context: Context,
-    /// `(.., embed_dim)` → `(.., width)`, a sixteenth of `embed_dim` in its middle. It does not start at zero: the first
-    /// prompts are shifted already.
-    meta_net: Mlp,
+pub struct CoCoOp(Conditional);
+
+impl Deref for CoCoOp {
+    type Target = Conditional;
+
+    fn deref(&self) -> &Conditional {
+        &self.0
+    }
 }
 
 impl Learner for CoCoOp {
@@ -122,16 +122,7 @@ impl Learner for CoCoOp {
         params: &mut Params,
     ) -> Result<Self> {
         let context = config.start().context(params, clip.text(), classes)?;
-        let (embed_dim, width) = (clip.image().embed_dim(), clip.text().width());
-        let hidden = embed_dim / 16;
-        if hidden == 0 {
-            return Err(Error::Data(format!(
-                "the joint space has {embed_dim} dimensions; the Meta-Net has a sixteenth of them in its middle and needs at least 16"
-            )));
-        }
-        let layers = [("meta_net.linear1", hidden), ("meta_net.linear2", width)];
-        let meta_net = Mlp::new(params, embed_dim, &layers, Nonlinearity::Relu)?;
-        Ok(Self { context, meta_net })
+        Ok(Self(Conditional::new(params, context, clip)?))
     }
 
     fn complete(
@@ -146,76 +137,17 @@ impl Learner for CoCoOp {
     }
 }
 
-impl CoCoOp {
-    /// What the Meta-Net adds to the context of each image, `(batch, width)`, from unit features `(batch, embed_dim)`.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if the features have another width.
-    pub fn meta_bias(&self, unit_features: &Tensor) -> Result<Tensor> {
-        self.meta_net.forward(unit_features)
-    }
-
-    /// Each image's own context, `(batch, n_ctx, width)`, from unit features.
-    ///
-    /// # Errors
-    /// As [`CoCoOp::meta_bias`].
-    pub fn contexts(&self, unit_features: &Tensor) -> Result<Tensor> {
-        let bias = self.meta_bias(unit_features)?.unsqueeze(1)?;
-        Ok(self.context.tensor().unsqueeze(0)?.broadcast_add(&bias)?)
-    }
-
-    /// `(batch, n_cls)` for unit features and the contexts made of them.
-    fn logits(
-        &self,
-        clip: &Clip,
-        classes: &ClassTokens,
-        unit_features: &Tensor,
-        contexts: &Tensor,
-    ) -> Result<Tensor> {
-        let text = self.context.text_features_under(contexts, clip, classes)?;
-        let text = ops::unit_length(&text, "a text feature")?;
-        ops::own_dots(&(unit_features * clip.scale())?, &text)
-    }
-}
-
-/// The Meta-Net and the text tower run for every image.
-struct PerImage<'a> {
-    cocoop: &'a CoCoOp,
-    clip: &'a Clip,
-    classes: ClassTokens,
-}
-
-impl Classifier for PerImage<'_> {
-    fn logits(&self, images: &ImageBatch) -> Result<Tensor> {
-        let unit = ops::unit_length(images.features()?, "an image feature")?;
-        // One image at a time: memory does not grow with the batch, and neither do the bits depend on it.
-        ops::row_by_row(&unit, |_, unit| {
-            let contexts = self.cocoop.contexts(unit)?.detach();
-            self.cocoop
-                .logits(self.clip, &self.classes, unit, &contexts)
-        })
-    }
-}
-
 impl Objective for CoCoOp {
     fn classifier<'a>(
         &'a self,
         clip: &'a Clip,
         classes: &Classes,
     ) -> Result<Box<dyn Classifier + 'a>> {
-        let classes = ClassTokens::new(clip.text(), classes)?;
-        classes.sentences(self.context.words())?;
-        Ok(Box::new(PerImage {
-            cocoop: self,
-            clip,
-            classes,
-        }))
+        self.0.classifier(clip, classes)
     }
 
     fn loss(&self, clip: &Clip, batch: &Batch<'_>, _: Step) -> Result<Loss> {
-        let unit = ops::unit_length(batch.images.features()?, "an image feature")?;
-        let contexts = self.contexts(&unit)?;
-        let logits = self.logits(clip, batch.classes, &unit, &contexts)?;
+        let logits = self.logits(clip, batch.classes, batch.images.features()?)?;
         Loss::cross_entropy(logits, batch.labels)
     }
 }

@@ -33,8 +33,7 @@ use cliptune_core::templates::{self, Sentences};
 use cliptune_core::train::{Augment, Batch, Loss, Objective, Recipe, Step, train};
 use cliptune_core::visual_prompt::{Tokens, VisualPrompts};
 use cliptune_core::{
-    Classes, Clip, Error, ImageNeeds, Labelled, Learned, Param, Params, Result, Run, View,
-    VisionArch, ops,
+    Classes, Clip, Error, ImageNeeds, Labelled, Learned, Param, Params, Result, Run, View, ops,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -362,16 +361,13 @@ impl RePrompt {
         let (blocks, _, width) = visual.prompts.tensor().dims3()?;
         let shift = visual.up.forward(&visual.down.forward(context)?.relu()?)?;
         let shift = shift.reshape((pixels.dim(0)?, blocks, 1, width))?;
-        let mut prompts = VisualPrompts::new();
-        for block in 0..blocks {
+        let of_block = |block| -> Result<Tokens> {
             let of_image = shift.narrow(1, block, 1)?.squeeze(1)?;
             let of_all = visual.prompts.tensor().narrow(0, block, 1)?;
-            let tokens = Tokens::PerImage(of_image.broadcast_add(&of_all)?);
-            match block {
-                0 => prompts.join_before_ln_pre(tokens),
-                _ => prompts.replace(block, tokens),
-            }
-        }
+            Ok(Tokens::PerImage(of_image.broadcast_add(&of_all)?))
+        };
+        let by_block = (0..blocks).map(of_block).collect::<Result<Vec<_>>>()?;
+        let prompts = VisualPrompts::deep(by_block);
         clip.image().encode_prompted(pixels, &prompts)
     }
 
@@ -417,12 +413,7 @@ impl Learner for RePrompt {
         classes: &Classes,
         params: &mut Params,
     ) -> Result<Self> {
-        let VisionArch::Vit { layers, width, .. } = clip.arch().vision else {
-            return Err(Error::Prompt(format!(
-                "{} has a ResNet image tower, visual prompts need a ViT; take ViT weights, or a method that learns text prompts only",
-                clip.arch().name()
-            )));
-        };
+        let (layers, width) = clip.arch().vit_sizes()?;
         let depth = config.prompt_depth_vision.unwrap_or(layers);
         if depth > layers {
             let expected = format!("1 to {layers}, the blocks of the tower");

@@ -482,4 +482,9 @@ impl Classifier for PerturbedClassifier<'_> {
         let images = self.vp.image_features(self.clip, pixels, &delta)?;
         logits(&images, &self.text_features, logit_scale(self.clip, 1))
     }
+
+    /// A patch that has no place of its own is in the corner.
+    fn added_pixels(&self) -> Result<Option<Tensor>> {
+        Ok(Some(self.vp.perturbations(&[(0, 0)])?.detach()))
+    }
 }

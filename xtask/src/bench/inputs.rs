@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use cliptune_core::checkpoint::{self, Layout};
 use cliptune_core::prompt::placeholder;
 use cliptune_core::rng::Rng;
 use cliptune_core::templates::Ensemble;
 use cliptune_core::tokenizer::Tokenizer;
-use cliptune_core::{Arch, VisionArch, files};
+use cliptune_core::{Arch, files};
 
 use super::names::names;
 use super::rows::{Row, Task};
@@ -165,7 +165,7 @@ fn tensors(task: &Task, arch: &Arch) -> Result<Named> {
             depth,
             batch,
         } => {
-            let (blocks, vision_width) = vision(arch)?;
+            let (blocks, vision_width) = arch.vit_sizes()?;
             let prompts = names(classes);
             let prompts = prompts.iter().map(|name| format!("{MAPLE_WORDS} {name}."));
             let prompts: Vec<String> = prompts.collect();
@@ -191,7 +191,7 @@ fn tensors(task: &Task, arch: &Arch) -> Result<Named> {
             depth,
             batch,
         } => {
-            let (blocks, vision_width) = vision(arch)?;
+            let (blocks, vision_width) = arch.vit_sizes()?;
             let mut entries = vec![
                 normal("text_features", &[classes, dim], 1.0)?,
                 pixels(batch)?,
@@ -274,14 +274,6 @@ pub(super) fn visual_prompt_key(block: usize) -> String {
 /// Blocks with inputs under these keys.
 pub(super) fn depth(inputs: &Named, key: impl Fn(usize) -> String) -> usize {
     (0..).take_while(|&i| inputs.contains_key(&key(i))).count()
-}
-
-/// Blocks and width of a ViT.
-fn vision(arch: &Arch) -> Result<(usize, usize)> {
-    match arch.vision {
-        VisionArch::Vit { layers, width, .. } => Ok((layers, width)),
-        VisionArch::ResNet { .. } => bail!("visual prompts need a ViT"),
-    }
 }
 
 /// Sentences whose first `n_ctx` words stand for the context.

@@ -156,7 +156,10 @@ pub(crate) fn run(case: &Case, models: &mut Models, check: &mut Check) -> Result
     let text = match (mvlpt.conditional(), json.variant) {
         (Some(conditional), _) => {
             let unit = ops::unit_length(&image_features, "an image feature")?;
-            conditional.text_features(&clip, &tokens, &conditional.contexts(&unit)?)?
+            let contexts = conditional.contexts(&unit)?;
+            conditional
+                .context
+                .text_features_under(&contexts, &clip, &tokens)?
         }
         // The method keeps them at unit length.
         (None, Variant::Vpt) => clip

@@ -4,46 +4,32 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
-use cliptune::method::{Predictor, Settings};
-use cliptune::{Classes, Clip, Learned, Preprocess, files};
-use cliptune_visual_pt::{Vp, VpConfig, vp};
+use cliptune::{Preprocess, files};
 
 use super::prepare::png_of;
-use super::worker::Job;
 
 /// What is added alone, grey where that is nothing.
 pub(crate) const ALONE: &str = "added.png";
 /// A test picture with it.
 pub(crate) const ON_A_PICTURE: &str = "added-to-a-picture.png";
 
-/// Writes the pictures into the run's folder; none for a method that adds nothing. `picture (1, 3, side, side)` is as CLIP
+/// Writes the pictures into a run's folder: what is `added (1, 3, side, side)`, and that on a `picture` of the same shape, as CLIP
 /// reads it.
 pub(super) fn write(
-    job: &Job,
-    clip: &Clip,
-    classes: &Classes,
-    predictor: &dyn Predictor,
+    folder: &Path,
+    preprocess: &Preprocess,
+    added: &Tensor,
     picture: &Tensor,
 ) -> Result<()> {
-    if job.method != vp::ENTRY.slug {
-        return Ok(());
-    }
-    let config = VpConfig::read(&job.config)?;
-    let tensors = predictor.tensors()?.into_iter().collect();
-    let method = Learned::<Vp>::with_tensors(&config, clip, classes, job.key.seed, &tensors)?;
-    // A patch that has no place of its own is shown in the corner.
-    let added = method.perturbations(&[(0, 0)])?.detach();
-    let folder = job.out.join(job.key.folder());
-    std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
-    let preprocess = clip.preprocess();
+    std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
     let write = |name: &str, pixels: &Tensor| -> Result<()> {
         let png = png_of(preprocess, pixels)?;
         Ok(files::write_atomically(&folder.join(name), |w| {
             w.write_all(&png)
         })?)
     };
-    write(ALONE, &on_grey(preprocess, &added)?)?;
-    write(ON_A_PICTURE, &(picture + &added)?)
+    write(ALONE, &on_grey(preprocess, added)?)?;
+    write(ON_A_PICTURE, &(picture + added)?)
 }
 
 /// What is added to a picture that is grey all over.

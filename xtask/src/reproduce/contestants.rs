@@ -18,9 +18,6 @@ const EPOCHS: usize = 4;
 /// Methods whose authors train on whole training sets rather than a few pictures of each class.
 const SUPERVISED: &[&str] = &["vp"];
 
-/// Methods whose authors begin with what other tasks taught.
-const MULTI_TASK: &[&str] = &["mvlpt"];
-
 /// Passes over the training pictures on the built-in benchmark: the method's own number, or CoOp's by shots (Sec. 4.1), as far
 /// as [`STEPS`] allows, and [`PICTURES`] for a method that reads pixels.
 fn epochs(drawn: Drawn, batch_size: usize, own: Option<usize>, needs: ImageNeeds) -> usize {
@@ -108,9 +105,9 @@ impl Contestant {
         SUPERVISED.contains(&self.entry.slug)
     }
 
-    /// Whether it takes part where other tasks are learned first.
+    /// Whether it takes part where other tasks are learned first: what can be told of tasks.
     pub(crate) fn is_multi_task(&self) -> bool {
-        MULTI_TASK.contains(&self.entry.slug)
+        self.config.get("tasks").is_some()
     }
 
     /// All settings for a task whose hand-written sentence is `template`; `drawn` for a built-in one.

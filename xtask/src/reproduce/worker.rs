@@ -98,22 +98,14 @@ impl Job {
         let predictor = method.fit(&clip, MethodData::Labelled(&labelled), &mut run)?;
         let fit = started.elapsed().as_secs_f64();
 
-        let first = tests.first().and_then(|test| {
-            let (item, _) = *test.split.items().first()?;
-            Some((item, test.split.source().clone()))
-        });
+        let folder = self.out.join(self.key.folder());
         let started = Instant::now();
         let tests: Vec<Measured> = tests
             .iter()
-            .map(|test| test.measure(&clip, predictor.as_ref()))
+            .map(|test| test.measure(&clip, predictor.as_ref(), &folder))
             .collect::<Result<_>>()?;
         let evaluate = started.elapsed().as_secs_f64();
 
-        if let Some((item, source)) = first {
-            let picture = source.pixels(&[item], clip.preprocess(), View::Fixed)?;
-            let classes = &labelled.classes;
-            added::write(self, &clip, classes, predictor.as_ref(), &picture)?;
-        }
         let train = &labelled.train;
         Ok(Record {
             format: FORMAT.to_owned(),
@@ -289,7 +281,8 @@ pub(super) struct TestSet {
 }
 
 impl TestSet {
-    fn measure(&self, clip: &Clip, predictor: &dyn Predictor) -> Result<Measured> {
+    /// Figures; what the classifier adds to a picture goes into `folder`.
+    fn measure(&self, clip: &Clip, predictor: &dyn Predictor, folder: &Path) -> Result<Measured> {
         let classifier = predictor.classifier(clip, &self.classes)?;
         let labels: Vec<u32> = self.split.labels().collect();
         let positions: Vec<usize> = (0..labels.len()).collect();
@@ -311,6 +304,10 @@ impl TestSet {
         let shown: Vec<usize> = sample_positions(labels.len()).collect();
         let pictures = images(&shown)?;
         let logits = classifier.logits(&pictures)?;
+        if let Some(added) = classifier.added_pixels()? {
+            let first = pictures.pixels()?.narrow(0, 0, 1)?;
+            added::write(folder, clip.preprocess(), &added, &first)?;
+        }
         let maps = match classifier.class_attention(&pictures)? {
             None => Vec::new(),
             Some(after) => {

@@ -37,6 +37,17 @@ pub struct TorchState {
     pub epoch: Option<usize>,
 }
 
+impl TorchState {
+    /// The tensor under a key.
+    ///
+    /// # Errors
+    /// [`Error::Prompt`] naming it if there is none.
+    pub fn tensor(&self, key: &str) -> Result<&Tensor> {
+        let tensor = self.tensors.get(key);
+        tensor.ok_or_else(|| Error::Prompt(format!("the checkpoint holds no `{key}`")))
+    }
+}
+
 /// Reads a checkpoint of `torch.save`: a state dict, or a dict that holds one under `state_dict` (Dassl's `model.pth.tar-50`).
 ///
 /// A folder stands for the file that Dassl's `checkpoint` in it names, the newest. Dassl saves a model in several parts as a

@@ -7,7 +7,7 @@ use cliptune_core::train::Step;
 use cliptune_core::visual_prompt::{Tokens, VisualPrompts};
 use cliptune_core::{Clip, Param, Params, Result, VisionArch};
 
-use crate::{coupling, sides};
+use crate::coupling;
 
 /// The keys of the image prompts of the first block, and of the others.
 pub(super) const FIRST: &str = "vpt_embeddings";
@@ -37,7 +37,7 @@ impl Vision {
         project: Option<usize>,
         dropout: f64,
     ) -> Result<Self> {
-        let (blocks, tower_width) = sides::vision(clip)?;
+        let (blocks, tower_width) = clip.arch().vit_sizes()?;
         let patch = match clip.arch().vision {
             VisionArch::Vit { patch_size, .. } => patch_size,
             VisionArch::ResNet { .. } => 0,

@@ -23,13 +23,7 @@ fn learned(params: &Params, key: &str) -> Result<Tensor> {
 
 /// Bytes that a pass of so many images with tokens of block 0, 1, ... is expected to add to the process.
 fn forecast(clip: &Clip, images: usize, by_block: Vec<Tensor>) -> Result<u64> {
-    let mut prompts = VisualPrompts::new();
-    for (block, tokens) in by_block.into_iter().enumerate() {
-        match block {
-            0 => prompts.join_before_ln_pre(Tokens::Shared(tokens)),
-            _ => prompts.replace(block, Tokens::Shared(tokens)),
-        }
-    }
+    let prompts = VisualPrompts::deep(by_block.into_iter().map(Tokens::Shared));
     Ok(clip.image().forecast_prompted(images, &prompts)?.bytes())
 }
 
