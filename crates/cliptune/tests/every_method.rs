@@ -10,8 +10,8 @@ use cliptune::prompt_file::PromptFile;
 use cliptune::rng::Rng;
 use cliptune::task::{MemoryImages, Split};
 use cliptune::{
-    Activation, Arch, Classes, Clip, ImageBatch, Labelled, Result, Run, Storage, View, VisionArch,
-    registry,
+    Activation, Arch, Classes, Clip, ImageBatch, ImageNeeds, Labelled, Result, Run, Storage, View,
+    VisionArch, registry,
 };
 use serde_json::{Value, json};
 
@@ -148,6 +148,38 @@ fn a_saved_predictor_predicts_the_same_after_loading() -> Result<()> {
         );
         assert_eq!(before, after, "{slug}");
         assert!(before.iter().flatten().all(|x| x.is_finite()), "{slug}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_learns_in_the_image_tower_shows_where_it_looks() -> Result<()> {
+    let (clip, data) = (clip()?, data()?);
+    for entry in registry::methods() {
+        let fitted = fit(&entry, &clip, &data, 1)?;
+        let positions: Vec<usize> = (0..data.train.len()).collect();
+        let images = data
+            .train
+            .images(&clip, &positions, fitted.needs(), View::Fixed)?;
+        let classifier = fitted.classifier(&clip, &data.classes)?;
+        let before = classifier.logits(&images)?.to_vec2::<f32>()?;
+        let slug = entry.slug;
+        let map = classifier.class_attention(&images)?;
+        assert_eq!(
+            map.is_some(),
+            fitted.needs() == ImageNeeds::Pixels,
+            "{slug}"
+        );
+        let Some(map) = map else { continue };
+        assert_eq!(map.dims(), [6, 2, 2], "{slug}");
+        for shares in map.flatten_from(1)?.to_vec2::<f32>()? {
+            assert!((shares.iter().sum::<f32>() - 1.0).abs() < 1e-5, "{slug}");
+        }
+        // Looking changes nothing.
+        let fresh = fitted.classifier(&clip, &data.classes)?;
+        fresh.class_attention(&images)?;
+        let after = fresh.logits(&images)?.to_vec2::<f32>()?;
+        assert_eq!(before, after, "{slug}");
     }
     Ok(())
 }

@@ -18,6 +18,7 @@ pub mod method;
 pub mod ops;
 pub mod optim;
 pub mod params;
+mod patches;
 pub mod preprocess;
 pub mod prompt;
 pub mod prompt_file;

@@ -43,6 +43,7 @@ pub struct ImageBatch {
     features: Option<Tensor>,
     local_features: Option<Tensor>,
     pixels: Option<Tensor>,
+    patches: Option<Tensor>,
     items: Option<Vec<usize>>,
 }
 
@@ -69,6 +70,14 @@ impl ImageBatch {
     pub fn of_pixels(pixels: Tensor) -> Self {
         Self {
             pixels: Some(pixels),
+            ..Self::default()
+        }
+    }
+
+    /// Images as [`crate::clip::ImageTower::patches`] `(batch, grid², width)`.
+    pub fn of_patches(patches: Tensor) -> Self {
+        Self {
+            patches: Some(patches),
             ..Self::default()
         }
     }
@@ -118,19 +127,29 @@ impl ImageBatch {
             .ok_or_else(|| Error::Data("the batch holds no local image features".into()))
     }
 
-    /// Preprocessed pixels `(batch, 3, side, side)`.
+    /// Preprocessed pixels `(batch, 3, side, side)`. A method that learns in a ViT asks for
+    /// [`ImageBatch::pixels_or_patches`] instead.
     ///
     /// # Errors
-    /// [`Error::Data`] if the batch was asked for as features.
+    /// [`Error::Data`] if the batch was asked for as features, or holds patches.
     pub fn pixels(&self) -> Result<&Tensor> {
         self.pixels
             .as_ref()
             .ok_or_else(|| Error::Data("the batch holds no pixels".into()))
     }
 
+    /// What the image tower takes with prompts: its patches where they are at hand (a training embeds a view that comes again
+    /// only once), else the pixels.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if the batch was asked for as features.
+    pub fn pixels_or_patches(&self) -> Result<&Tensor> {
+        self.patches.as_ref().map_or_else(|| self.pixels(), Ok)
+    }
+
     /// Number of images.
     pub fn len(&self) -> usize {
-        [&self.features, &self.pixels]
+        [&self.features, &self.pixels, &self.patches]
             .into_iter()
             .flatten()
             .next()

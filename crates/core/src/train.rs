@@ -13,6 +13,7 @@ use crate::learned::Learned;
 use crate::method::{Classifier, Predictor, check_positive};
 use crate::optim::{Optimizer, OptimizerConfig};
 use crate::params::{Gradients, Params, check_finite};
+use crate::patches;
 use crate::prompt::ClassTokens;
 use crate::rng::Rng;
 use crate::run::{Run, TrainStatus};
@@ -115,6 +116,11 @@ impl Recipe {
                 draw: epoch % views,
             },
         }
+    }
+
+    /// Whether later epochs show an image as an earlier one did.
+    fn sees_views_again(&self) -> bool {
+        self.augment == Augment::None || self.views > 0
     }
 
     /// # Errors
@@ -454,7 +460,9 @@ pub fn train<O: Objective>(
     data.check()?;
     let val = match (recipe.keep, &data.val) {
         (Keep::Last, _) => None,
-        (Keep::BestVal, Some(val)) if !val.is_empty() => Some(val),
+        (Keep::BestVal, Some(val)) if !val.is_empty() => {
+            Some(patches::remembered(val, clip, learned.needs()))
+        }
         (Keep::BestVal, _) => {
             return Err(Error::config(
                 "train.keep",
@@ -467,7 +475,11 @@ pub fn train<O: Objective>(
         learned.params().load(start)?;
     }
     let classes = ClassTokens::new(clip.text(), &data.classes)?;
-    let labels: Vec<u32> = data.train.labels().collect();
+    let train = match recipe.sees_views_again() {
+        true => patches::remembered(&data.train, clip, learned.needs()),
+        false => data.train.clone(),
+    };
+    let labels: Vec<u32> = train.labels().collect();
     let (n, batch_size) = (labels.len(), recipe.batch_size);
     let steps = recipe.steps(n);
     let epochs = recipe.epochs_for(data.shots(), data.classes.len());
@@ -520,7 +532,7 @@ pub fn train<O: Objective>(
             }
             let step = step_of(index);
             let lr = recipe.schedule.rate_at(recipe.lr, step);
-            let images = data.train.images(clip, positions, learned.needs(), view)?;
+            let images = train.images(clip, positions, learned.needs(), view)?;
             let labels: Vec<u32> = positions.iter().map(|&p| labels[p]).collect();
             let batch = Batch {
                 images: &images,
@@ -556,7 +568,7 @@ pub fn train<O: Objective>(
                 last_saved = Instant::now();
             }
         }
-        let val_accuracy = match val {
+        let val_accuracy = match &val {
             Some(val) => Some(match learned.tasks() {
                 Some(tasks) => tasks.mean_accuracy(learned, clip, val, &data.classes)?,
                 None => accuracy(learned, clip, val, &data.classes)?,
@@ -580,11 +592,14 @@ pub fn train<O: Objective>(
 /// What [`Predictor::needs`] of the images can be encoded before training: every view that will be asked for, or `None`
 /// where each epoch draws new crops.
 pub fn views_to_prepare(recipe: &Recipe, needs: ImageNeeds, seed: u64) -> Option<Vec<View>> {
-    match (needs, recipe.augment, recipe.views) {
-        (ImageNeeds::Pixels, ..) | (_, Augment::CropFlip, 0) => None,
-        (_, Augment::None, _) => Some(vec![View::Fixed]),
-        (_, Augment::CropFlip, views) => {
-            Some((0..views).map(|draw| View::Random { seed, draw }).collect())
-        }
+    if needs == ImageNeeds::Pixels || !recipe.sees_views_again() {
+        return None;
     }
+    Some(match recipe.augment {
+        Augment::None => vec![View::Fixed],
+        Augment::CropFlip => {
+            let views = 0..recipe.views;
+            views.map(|draw| View::Random { seed, draw }).collect()
+        }
+    })
 }

@@ -17,6 +17,7 @@
 //!   theirs drops it on loading and leaves a random one.
 
 mod generator;
+mod vision;
 
 use candle_core::{DType, Device, Tensor};
 use cliptune_core::checkpoint::TorchState;
@@ -27,7 +28,6 @@ use cliptune_core::prompt::{ClassTokenPosition, ClassTokens};
 use cliptune_core::schedule::{Decay, Schedule, Warmup};
 use cliptune_core::templates::{self, Sentences};
 use cliptune_core::train::{Augment, Batch, Loss, Objective, Recipe, Step};
-use cliptune_core::visual_prompt::{Tokens, VisualPrompts};
 use cliptune_core::{
     Classes, Clip, Error, Gradients, ImageBatch, ImageNeeds, Labelled, Learned, Param, Params,
     Result, Run, ops,
@@ -36,6 +36,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use self::generator::{Generator, Sizes};
+use self::vision::Given;
+pub use self::vision::Seen;
 use crate::sides;
 
 /// The registry's entry.
@@ -242,16 +244,6 @@ pub struct Cavpt {
     text_schedule: Schedule,
 }
 
-/// What the prompted image tower says of a batch.
-#[derive(Clone, Debug)]
-pub struct Seen {
-    /// Raw features, `(batch, embed_dim)`.
-    pub features: Tensor,
-    /// The auxiliary classifier's logits, `(batch, upper blocks, candidates, n_cls)`; none for [`Variant::Vlp`] and to
-    /// predict.
-    pub class_logits: Option<Tensor>,
-}
-
 impl Cavpt {
     /// Raw text features of the classes under the learned context, `(n_cls, embed_dim)`; gradients flow to it.
     ///
@@ -295,83 +287,6 @@ impl Cavpt {
             all.extend(&order[..k]);
         }
         Ok(Some(Tensor::from_vec(all, (batch, k), &Device::Cpu)?))
-    }
-
-    /// Images with their prompts, pixels `(batch, 3, side, side)`; `text` are the raw [`Cavpt::text_features`]. Gradients flow
-    /// to all that is learned.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if the pixels are not of the tower's resolution.
-    pub fn see(
-        &self,
-        clip: &Clip,
-        pixels: &Tensor,
-        text: &Tensor,
-        candidates: Option<&Tensor>,
-    ) -> Result<Seen> {
-        self.pass(clip, (pixels, text, candidates), true)
-    }
-
-    /// As [`Cavpt::see`]; where nothing `learns`, nothing is kept for the way back.
-    fn pass(
-        &self,
-        clip: &Clip,
-        (pixels, text, candidates): (&Tensor, &Tensor, Option<&Tensor>),
-        learns: bool,
-    ) -> Result<Seen> {
-        let tower = clip.image();
-        let kept = |tokens: Tensor| match learns {
-            true => tokens,
-            false => tokens.detach(),
-        };
-        let free_blocks = self.visual.tensor().dim(0)?;
-        let mut free = VisualPrompts::new();
-        for block in 0..free_blocks {
-            let tokens = self.visual.tensor().get(block)?;
-            free.replace(block, Tokens::Shared(kept(tokens)));
-        }
-        let Some((generator, candidates)) = self.generator.as_ref().zip(candidates) else {
-            return Ok(Seen {
-                features: tower.encode_prompted(pixels, &free)?,
-                class_logits: None,
-            });
-        };
-        let Sizes {
-            blocks, classes, ..
-        } = *generator.sizes();
-        let (batch, k) = candidates.dims2()?;
-        if k == 0 {
-            free.remove(free_blocks);
-            let none = Tensor::zeros((batch, blocks, 0, classes), DType::F32, &Device::Cpu)?;
-            return Ok(Seen {
-                features: tower.encode_prompted(pixels, &free)?,
-                class_logits: learns.then_some(none),
-            });
-        }
-        let chosen = text.index_select(&candidates.flatten_all()?, 0)?;
-        let chosen = chosen.reshape((batch, k, ()))?;
-        let mut x = tower.prompted_tokens(pixels, free_blocks, &free)?;
-        let mut class_logits = Vec::with_capacity(blocks);
-        for i in 0..blocks {
-            let made = generator.make(i, &x, &chosen)?;
-            if learns {
-                class_logits.push(generator.class_logits(i, &made)?);
-            }
-            let block = free_blocks + i;
-            let mut own = VisualPrompts::new();
-            own.replace(block, Tokens::PerImage(kept(made.prompts)));
-            x = match i + 1 == blocks {
-                false => tower.prompted_tokens_from(&x, block, block + 1, &own)?,
-                true => tower.encode_prompted_from(&x, block, &own)?,
-            };
-        }
-        Ok(Seen {
-            features: x,
-            class_logits: match learns {
-                true => Some(Tensor::stack(&class_logits, 1)?),
-                false => None,
-            },
-        })
     }
 }
 
@@ -506,13 +421,13 @@ impl Objective for Cavpt {
     }
 
     fn loss(&self, clip: &Clip, batch: &Batch<'_>, step: Step) -> Result<Loss> {
-        let (pixels, labels) = (batch.images.pixels()?, batch.labels);
+        let (images, labels) = (batch.images.pixels_or_patches()?, batch.labels);
         let text = self.text_features(clip, batch.classes)?;
         let unit_text = ops::unit_length(&text, "a text feature")?;
         let frozen_text = self.frozen_text_features(clip, batch.classes)?;
-        let plain = clip.image().encode(pixels)?;
+        let plain = vision::plain(clip, images)?;
         let candidates = self.candidates(clip, &plain, &frozen_text)?;
-        let seen = self.see(clip, pixels, &text, candidates.as_ref())?;
+        let seen = self.see(clip, images, &text, candidates.as_ref())?;
         let logits = clip.unit_logits(&seen.features, &unit_text)?;
         let mut loss = Loss::cross_entropy(logits, labels)?.named("main");
         if step.epoch < self.guidance_epochs {
@@ -570,18 +485,37 @@ struct CavptClassifier<'a> {
     frozen_text: Tensor,
 }
 
+impl CavptClassifier<'_> {
+    fn candidates(&self, images: &Tensor) -> Result<Option<Tensor>> {
+        if self.method.generator.is_none() {
+            return Ok(None);
+        }
+        let plain = vision::plain(self.clip, images)?;
+        self.method.candidates(self.clip, &plain, &self.frozen_text)
+    }
+
+    fn given<'b>(&'b self, images: &'b Tensor, candidates: &'b Option<Tensor>) -> Given<'b> {
+        Given {
+            images,
+            text: &self.text,
+            candidates: candidates.as_ref(),
+        }
+    }
+}
+
 impl Classifier for CavptClassifier<'_> {
     fn logits(&self, images: &ImageBatch) -> Result<Tensor> {
-        let (clip, pixels) = (self.clip, images.pixels()?);
-        let candidates = match self.method.generator {
-            Some(_) => {
-                let plain = clip.image().encode(pixels)?;
-                self.method.candidates(clip, &plain, &self.frozen_text)?
-            }
-            None => None,
-        };
-        let given = (pixels, &self.text, candidates.as_ref());
-        let seen = self.method.pass(clip, given, false)?;
-        clip.unit_logits(&seen.features, &self.unit_text)
+        let images = images.pixels_or_patches()?;
+        let candidates = self.candidates(images)?;
+        let given = self.given(images, &candidates);
+        let seen = self.method.pass(self.clip, given, false)?;
+        self.clip.unit_logits(&seen.features, &self.unit_text)
+    }
+
+    fn class_attention(&self, images: &ImageBatch) -> Result<Option<Tensor>> {
+        let images = images.pixels_or_patches()?;
+        let candidates = self.candidates(images)?;
+        let given = self.given(images, &candidates);
+        Ok(Some(self.method.class_attention(self.clip, given)?))
     }
 }

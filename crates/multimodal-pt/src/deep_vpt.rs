@@ -116,9 +116,9 @@ impl DeepVpt {
     /// Raw image features, `(batch, 3, side, side)` → `(batch, embed_dim)`; gradients flow to the prompts.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the pixels are not of the tower's resolution.
-    pub fn image_features(&self, clip: &Clip, pixels: &Tensor) -> Result<Tensor> {
-        clip.image().encode_prompted(pixels, &self.vision.prompts())
+    /// [`Error::Shape`] if the images are not of the tower's resolution.
+    pub fn image_features(&self, clip: &Clip, images: &Tensor) -> Result<Tensor> {
+        clip.image().encode_prompted(images, &self.vision.prompts())
     }
 
     /// Unit features of the classes, `(n_cls, embed_dim)`.
@@ -176,7 +176,7 @@ impl Objective for DeepVpt {
 
     fn loss(&self, clip: &Clip, batch: &Batch<'_>, _: Step) -> Result<Loss> {
         let text = self.text_features(clip, batch.classes)?;
-        let images = self.image_features(clip, batch.images.pixels()?)?;
+        let images = self.image_features(clip, batch.images.pixels_or_patches()?)?;
         Loss::cross_entropy(clip.unit_logits(&images, &text)?, batch.labels)
     }
 }

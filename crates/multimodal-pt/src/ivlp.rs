@@ -147,7 +147,8 @@ impl Ivlp {
             true => Ok(images.features()?.clone()),
             false => {
                 let prompts = self.vision.prompts();
-                clip.image().encode_prompted(images.pixels()?, &prompts)
+                clip.image()
+                    .encode_prompted(images.pixels_or_patches()?, &prompts)
             }
         }
     }

@@ -147,11 +147,11 @@ impl MaPLe {
     /// Raw image features, `(batch, 3, side, side)` → `(batch, embed_dim)`; gradients flow to the text prompts and the maps.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the pixels are not of the tower's resolution.
-    pub fn image_features(&self, clip: &Clip, pixels: &Tensor) -> Result<Tensor> {
+    /// [`Error::Shape`] if the images are not of the tower's resolution.
+    pub fn image_features(&self, clip: &Clip, images: &Tensor) -> Result<Tensor> {
         let tokens = self.vision_context()?.into_iter().map(Tokens::Shared);
         let prompts = VisualPrompts::deep(tokens);
-        clip.image().encode_prompted(pixels, &prompts)
+        clip.image().encode_prompted(images, &prompts)
     }
 }
 
@@ -221,7 +221,7 @@ impl Objective for MaPLe {
 
     fn loss(&self, clip: &Clip, batch: &Batch<'_>, _: Step) -> Result<Loss> {
         let text = self.text_features(clip, batch.classes)?;
-        let images = self.image_features(clip, batch.images.pixels()?)?;
+        let images = self.image_features(clip, batch.images.pixels_or_patches()?)?;
         Loss::cross_entropy(clip.cosine_logits(&images, &text)?, batch.labels)
     }
 }

@@ -191,7 +191,8 @@ impl Mvlpt {
             (Some(vision), Some(visual)) => {
                 let training = training.map(|step| (images.len(), step));
                 let declared = vision.declared(&vision.tokens(visual)?, training)?;
-                clip.image().encode_prompted(images.pixels()?, &declared)
+                clip.image()
+                    .encode_prompted(images.pixels_or_patches()?, &declared)
             }
             _ => Ok(images.features()?.clone()),
         }

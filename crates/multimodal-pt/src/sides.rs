@@ -222,14 +222,15 @@ impl Classifier for PromptedClassifier<'_> {
         let images = self
             .clip
             .image()
-            .encode_prompted(images.pixels()?, &self.prompts)?;
+            .encode_prompted(images.pixels_or_patches()?, &self.prompts)?;
         self.clip.unit_logits(&images, &self.text_features)
     }
 
     fn class_attention(&self, images: &ImageBatch) -> Result<Option<Tensor>> {
         let image = self.clip.image();
-        Ok(Some(
-            image.class_attention(images.pixels()?, &self.prompts)?,
-        ))
+        Ok(Some(image.class_attention(
+            images.pixels_or_patches()?,
+            &self.prompts,
+        )?))
     }
 }

@@ -240,15 +240,15 @@ impl Upt {
     /// Raw image features, `(batch, 3, side, side)` → `(batch, embed_dim)`.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the pixels are not of the tower's resolution.
+    /// [`Error::Shape`] if the images are not of the tower's resolution.
     pub fn image_features(
         &self,
         clip: &Clip,
-        pixels: &Tensor,
+        images: &Tensor,
         prompts: &UptPrompts,
     ) -> Result<Tensor> {
         let declared = self.declared(prompts.visual.clone())?;
-        clip.image().encode_prompted(pixels, &declared)
+        clip.image().encode_prompted(images, &declared)
     }
 
     /// Image prompts as the tower takes them.
@@ -303,7 +303,7 @@ impl Upt {
     ) -> Result<Loss> {
         let prompts = self.prompts(kept)?;
         let text = self.text_features(clip, batch.classes, &prompts)?;
-        let images = self.image_features(clip, batch.images.pixels()?, &prompts)?;
+        let images = self.image_features(clip, batch.images.pixels_or_patches()?, &prompts)?;
         Loss::cross_entropy(clip.cosine_logits(&images, &text)?, batch.labels)
     }
 }

@@ -305,11 +305,11 @@ impl RePrompt {
     }
 
     /// What training images find, themselves left out; `items` are their numbers in the source.
-    fn look_up_others(&self, clip: &Clip, pixels: &Tensor, items: &[usize]) -> Result<Found> {
+    fn look_up_others(&self, clip: &Clip, images: &Tensor, items: &[usize]) -> Result<Found> {
         let known = items.iter().map(|item| self.queries.get(item).cloned());
         match known.collect::<Option<Vec<_>>>() {
             Some(queries) => self.look_up(clip, &queries, Some(items)),
-            None => self.look_up(clip, &queries(clip, pixels)?, Some(items)),
+            None => self.look_up(clip, &queries(clip, images)?, Some(items)),
         }
     }
 
@@ -349,26 +349,33 @@ impl RePrompt {
         })
     }
 
-    /// Raw features of `pixels (batch, 3, side, side)` whose neighbours gave `context (batch, 2·embed_dim)`,
+    /// Raw features of images, pixels `(batch, 3, side, side)` or patches `(batch, grid², width)`, whose neighbours gave `context (batch, 2·embed_dim)`,
     /// `(batch, embed_dim)`; gradients flow to the visual prompts and the network.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the pixels are not of the tower's resolution.
-    pub fn image_features(&self, clip: &Clip, pixels: &Tensor, context: &Tensor) -> Result<Tensor> {
+    /// [`Error::Shape`] if the images are not of the tower's resolution.
+    pub fn image_features(&self, clip: &Clip, images: &Tensor, context: &Tensor) -> Result<Tensor> {
+        match self.visual_prompts(context)? {
+            Some(prompts) => clip.image().encode_prompted(images, &prompts),
+            None => unprompted(clip, images),
+        }
+    }
+
+    /// What images whose neighbours gave `context` are seen with.
+    pub(crate) fn visual_prompts(&self, context: &Tensor) -> Result<Option<VisualPrompts>> {
         let Some(visual) = &self.visual else {
-            return clip.image().encode(pixels);
+            return Ok(None);
         };
         let (blocks, _, width) = visual.prompts.tensor().dims3()?;
         let shift = visual.up.forward(&visual.down.forward(context)?.relu()?)?;
-        let shift = shift.reshape((pixels.dim(0)?, blocks, 1, width))?;
+        let shift = shift.reshape((context.dim(0)?, blocks, 1, width))?;
         let of_block = |block| -> Result<Tokens> {
             let of_image = shift.narrow(1, block, 1)?.squeeze(1)?;
             let of_all = visual.prompts.tensor().narrow(0, block, 1)?;
             Ok(Tokens::PerImage(of_image.broadcast_add(&of_all)?))
         };
         let by_block = (0..blocks).map(of_block).collect::<Result<Vec<_>>>()?;
-        let prompts = VisualPrompts::deep(by_block);
-        clip.image().encode_prompted(pixels, &prompts)
+        Ok(Some(VisualPrompts::deep(by_block)))
     }
 
     /// Raw text features of the classes, `(n_cls, embed_dim)`; gradients flow to the context.
@@ -391,9 +398,14 @@ impl RePrompt {
     }
 }
 
+/// Raw features of images without visual prompts, `(batch, embed_dim)`.
+fn unprompted(clip: &Clip, images: &Tensor) -> Result<Tensor> {
+    clip.image().encode_prompted(images, &VisualPrompts::new())
+}
+
 /// Unit features of unprompted images, `(batch, embed_dim)`: what is looked up.
-pub(crate) fn queries(clip: &Clip, pixels: &Tensor) -> Result<Vec<Vec<f32>>> {
-    let features = clip.image().encode(&pixels.detach())?;
+pub(crate) fn queries(clip: &Clip, images: &Tensor) -> Result<Vec<Vec<f32>>> {
+    let features = unprompted(clip, &images.detach())?;
     Ok(ops::unit_length(&features, "an image feature")?.to_vec2()?)
 }
 
@@ -477,10 +489,10 @@ impl Objective for RePrompt {
             .images
             .items()
             .ok_or_else(|| Error::Data(untold.into()))?;
-        let pixels = batch.images.pixels()?;
-        let found = self.look_up_others(clip, pixels, own)?;
+        let images = batch.images.pixels_or_patches()?;
+        let found = self.look_up_others(clip, images, own)?;
         let text = self.text_features(clip, batch.classes)?;
-        let images = self.image_features(clip, pixels, &found.context)?;
+        let images = self.image_features(clip, images, &found.context)?;
         let logits = clip.cosine_logits(&images, &text)?;
         let mut loss = Loss::cross_entropy(logits, batch.labels)?.named("ce");
         if self.beta > 0.0

@@ -7,7 +7,7 @@ use cliptune_core::task::Val;
 use cliptune_core::train::EVALUATION_BATCH;
 use cliptune_core::{Classes, Clip, ImageBatch, ImageNeeds, Result, Split, View, ops};
 
-use crate::reprompt::{RePrompt, queries};
+use crate::reprompt::{Found, RePrompt, queries};
 
 /// Compares images, seen with prompts of their own, with the classes, and lets their neighbours vote.
 #[derive(Debug)]
@@ -72,21 +72,25 @@ impl<'a> Voting<'a> {
 
     /// Logits without the votes, and these, `(batch, n_cls)` each.
     fn both(&self, images: &ImageBatch) -> Result<(Tensor, Tensor)> {
-        let pixels = images.pixels()?;
-        // Without numbers: these may be images of another source, and training images count as any other.
-        let queries = queries(self.clip, pixels)?;
-        let found = self.method.look_up(self.clip, &queries, None)?;
+        let seen = images.pixels_or_patches()?;
+        let found = self.look_up(seen)?;
         let features = self
             .method
-            .image_features(self.clip, pixels, &found.context)?;
+            .image_features(self.clip, seen, &found.context)?;
         let logits = self
             .clip
             .unit_logits(&features.detach(), &self.text_features)?;
         let votes = found.votes.iter();
         let votes = votes.flat_map(|votes| self.columns.iter().map(|&column| votes[column]));
         let votes: Vec<f32> = votes.collect();
-        let shape = (queries.len(), self.columns.len());
+        let shape = (images.len(), self.columns.len());
         Ok((logits, Tensor::from_vec(votes, shape, &Device::Cpu)?))
+    }
+
+    /// Without numbers: these may be images of another source, and training images count as any other.
+    fn look_up(&self, images: &Tensor) -> Result<Found> {
+        let queries = queries(self.clip, images)?;
+        self.method.look_up(self.clip, &queries, None)
     }
 }
 
@@ -94,6 +98,16 @@ impl Classifier for Voting<'_> {
     fn logits(&self, images: &ImageBatch) -> Result<Tensor> {
         let (logits, votes) = self.both(images)?;
         mix(&logits, &votes, self.lambda)
+    }
+
+    fn class_attention(&self, images: &ImageBatch) -> Result<Option<Tensor>> {
+        let images = images.pixels_or_patches()?;
+        let context = self.look_up(images)?.context;
+        let Some(prompts) = self.method.visual_prompts(&context)? else {
+            return Ok(None);
+        };
+        let image = self.clip.image();
+        Ok(Some(image.class_attention(images, &prompts)?))
     }
 }
 

@@ -256,25 +256,24 @@ impl Vp {
         Ok(Tensor::cat(&[up, &middle, down], 2)?)
     }
 
-    /// Raw features of `pixels (batch, 3, side, side)` under δ `(1 or batch, 3, side, side)`, `(batch, embed_dim)`; gradients
-    /// flow to the learned pixels.
+    /// Raw features of images, pixels `(batch, 3, side, side)` or a ViT's patches `(batch, grid², width)`, under δ
+    /// `(1 or batch, 3, side, side)`: `(batch, embed_dim)`; gradients flow to the learned pixels.
     ///
     /// # Errors
     /// [`Error::Prompt`] if the images are not of the size that δ was learned for.
-    pub fn image_features(&self, clip: &Clip, pixels: &Tensor, delta: &Tensor) -> Result<Tensor> {
-        let (_, _, height, width) = pixels.dims4()?;
-        if (height, width) != (self.side, self.side) {
+    pub fn image_features(&self, clip: &Clip, images: &Tensor, delta: &Tensor) -> Result<Tensor> {
+        if let [_, _, height, width] = *images.dims()
+            && (height, width) != (self.side, self.side)
+        {
             return Err(of_other_size(self.side, (height, width)));
         }
-        let image = clip.image();
         match clip.arch().vision {
             VisionArch::Vit { .. } => {
-                // One embedding of δ serves the whole batch, and so does one on the way back.
-                let patches = image.patches(pixels)?;
-                let patches = patches.broadcast_add(&image.patches(delta)?)?;
-                image.encode_prompted(&patches, &VisualPrompts::new())
+                let patches = perturbed_patches(clip, images, delta)?;
+                clip.image()
+                    .encode_prompted(&patches, &VisualPrompts::new())
             }
-            VisionArch::ResNet { .. } => image.encode(&pixels.broadcast_add(delta)?),
+            VisionArch::ResNet { .. } => clip.image().encode(&images.broadcast_add(delta)?),
         }
     }
 
@@ -299,7 +298,8 @@ impl Vp {
     ) -> Result<Loss> {
         let text = self.text_features(clip, batch.classes)?;
         let delta = self.perturbations(places)?;
-        let images = self.image_features(clip, batch.images.pixels()?, &delta)?;
+        let images = batch.images.pixels_or_patches()?;
+        let images = self.image_features(clip, images, &delta)?;
         let logits = logits(&images, &text, logit_scale(clip, step.global()))?;
         Loss::cross_entropy(logits, batch.labels)
     }
@@ -461,6 +461,17 @@ impl Objective for Vp {
     }
 }
 
+/// A ViT's patches of images under δ, from pixels or patches. One embedding of δ serves the whole batch, and so does one on the
+/// way back.
+fn perturbed_patches(clip: &Clip, images: &Tensor, delta: &Tensor) -> Result<Tensor> {
+    let image = clip.image();
+    let delta = image.patches(delta)?;
+    Ok(match images.rank() {
+        4 => image.patches(images)?.broadcast_add(&delta)?,
+        _ => images.broadcast_add(&delta)?,
+    })
+}
+
 /// Compares images under δ with one fixed feature per class.
 #[derive(Debug)]
 struct PerturbedClassifier<'a> {
@@ -472,15 +483,37 @@ struct PerturbedClassifier<'a> {
     seen: Cell<u64>,
 }
 
+impl PerturbedClassifier<'_> {
+    /// What is added to the next so many images.
+    fn delta(&self, images: usize) -> Result<Tensor> {
+        let first = self.seen.get();
+        let places = first..first + images as u64;
+        let places = self.vp.places("vp/predict", 0, places);
+        Ok(self.vp.perturbations(&places)?.detach())
+    }
+}
+
 impl Classifier for PerturbedClassifier<'_> {
     fn logits(&self, images: &ImageBatch) -> Result<Tensor> {
-        let pixels = images.pixels()?;
-        let first = self.seen.get();
-        self.seen.set(first + images.len() as u64);
-        let places = self.vp.places("vp/predict", 0, first..self.seen.get());
-        let delta = self.vp.perturbations(&places)?.detach();
-        let images = self.vp.image_features(self.clip, pixels, &delta)?;
+        let delta = self.delta(images.len())?;
+        self.seen.set(self.seen.get() + images.len() as u64);
+        let images = self
+            .vp
+            .image_features(self.clip, images.pixels_or_patches()?, &delta)?;
         logits(&images, &self.text_features, logit_scale(self.clip, 1))
+    }
+
+    /// Of a ViT.
+    fn class_attention(&self, images: &ImageBatch) -> Result<Option<Tensor>> {
+        if let VisionArch::ResNet { .. } = self.clip.arch().vision {
+            return Ok(None);
+        }
+        let delta = self.delta(images.len())?;
+        let patches = perturbed_patches(self.clip, images.pixels_or_patches()?, &delta)?;
+        let image = self.clip.image();
+        Ok(Some(
+            image.class_attention(&patches, &VisualPrompts::new())?,
+        ))
     }
 
     /// A patch that has no place of its own is in the corner.

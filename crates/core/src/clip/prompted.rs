@@ -83,6 +83,11 @@ impl ImageTower {
         }
     }
 
+    /// Whether it takes visual prompts: a ViT whose weights are not learned.
+    pub fn takes_prompts(&self) -> bool {
+        self.frozen().is_ok()
+    }
+
     /// Embedded patches, `(batch, 3, side, side)` → `(batch, grid², width)`: the convolution's output, without class token and
     /// positions.
     ///
@@ -207,11 +212,20 @@ impl ImageTower {
     /// # Errors
     /// As [`ImageTower::prompted_tokens`]; a tower of one block has no block to come before the last.
     pub fn class_attention(&self, images: &Tensor, prompts: &VisualPrompts) -> Result<Tensor> {
+        let last = self.frozen()?.sizes().blocks.saturating_sub(1);
+        let below = prompts.below(last);
+        self.class_attention_from(&self.prompted_tokens(images, last, &below)?)
+    }
+
+    /// As [`ImageTower::class_attention`] from the tokens `(batch, 1 + grid², width)` that the last block reads.
+    ///
+    /// # Errors
+    /// [`Error::Prompt`] for a ResNet or a tower that is trained itself, [`Error::Shape`] if the tokens are not the tower's.
+    pub fn class_attention_from(&self, tokens: &Tensor) -> Result<Tensor> {
         let (vit, sizes) = (self.frozen()?.vit, self.frozen()?.sizes());
         let last = sizes.blocks.saturating_sub(1);
-        let below = prompts.below(last);
-        let tokens = self.prompted_tokens(images, last, &below)?.detach();
-        let shares = vit.blocks[last].class_attention(&tokens)?;
+        self.check(From::Block(last, tokens), &sizes)?;
+        let shares = vit.blocks[last].class_attention(&tokens.detach())?;
         let grid = (sizes.tokens - 1).isqrt();
         Ok(shares.reshape((shares.dim(0)?, grid, grid))?)
     }
@@ -222,12 +236,30 @@ impl ImageTower {
     /// # Errors
     /// As [`ImageTower::encode_prompted`].
     pub fn forecast_prompted(&self, images: usize, prompts: &VisualPrompts) -> Result<Forecast> {
+        self.forecast_step(images, prompts, false)
+    }
+
+    /// As [`ImageTower::forecast_prompted`] where the patches have a gradient, as under a perturbation of the pixels that is
+    /// learned (VP).
+    ///
+    /// # Errors
+    /// As [`ImageTower::encode_prompted`].
+    pub fn forecast_perturbed(&self, images: usize, prompts: &VisualPrompts) -> Result<Forecast> {
+        self.forecast_step(images, prompts, true)
+    }
+
+    fn forecast_step(
+        &self,
+        images: usize,
+        prompts: &VisualPrompts,
+        input_learned: bool,
+    ) -> Result<Forecast> {
         let tower = self.frozen()?;
         let stretch = Stretch {
             blocks: 0..tower.vit.blocks.len(),
             images,
             with_entry: true,
-            input_learned: false,
+            input_learned,
             read: 1,
         };
         tower

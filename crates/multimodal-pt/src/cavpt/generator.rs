@@ -1,6 +1,6 @@
 //! CAVPT: visual prompts that are made for an image from the features of the classes that it may show.
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use cliptune_core::layers::{Affine, Norm};
 use cliptune_core::{Param, Params, Result, ops};
 
@@ -134,6 +134,18 @@ impl Generator {
         let found = layer.class_norm.forward(&made.found)?;
         layer.classifier.forward(&found)
     }
+
+    /// As [`Generator::class_logits`] of all blocks where images have no candidates, `(batch, blocks, 0, n_cls)`.
+    pub(super) fn no_class_logits(&self, batch: usize) -> Result<Tensor> {
+        let Sizes {
+            blocks, classes, ..
+        } = self.sizes;
+        Ok(Tensor::zeros(
+            (batch, blocks, 0, classes),
+            DType::F32,
+            &Device::Cpu,
+        )?)
+    }
 }
 
 /// Whether a key of the whole model belongs to the auxiliary classifier, which no prompt is made from.
@@ -144,7 +156,7 @@ pub(super) fn is_auxiliary(key: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
     use cliptune_core::Error;
     use cliptune_core::rng::Rng;
 
