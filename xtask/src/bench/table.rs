@@ -143,7 +143,7 @@ fn lines_of(row: &RowRecord) -> Vec<Line> {
         lines.push(against("in one graph", &Measured::one_graph, us.peak()));
     }
     lines.push(line("largest difference", &|m| match m.worst() {
-        Some((name, error)) => Some(format!("{error:.1e} ({name})")),
+        Some((_, error)) => Some(format!("{error:.1e}")),
         None => (m.contender == row.reference).then(|| "reference".to_owned()),
     }));
     lines.into_iter().flatten().collect()
@@ -165,6 +165,14 @@ fn notes(row: &RowRecord) -> Vec<String> {
         versions.join(", "),
         row.command
     )];
+    let worst = row.contenders.iter().filter_map(|m| {
+        let (name, _) = m.worst()?;
+        Some(format!("{name} ({})", m.contender.title()))
+    });
+    let worst: Vec<String> = worst.collect();
+    if !worst.is_empty() {
+        notes.push(format!("largest difference in {}", worst.join(", ")));
+    }
     for (contender, threads) in &row.same_bits {
         let threads: Vec<String> = threads.iter().map(usize::to_string).collect();
         notes.push(format!(
@@ -226,7 +234,8 @@ mod tests {
             "peak memory / ours 5.1",
             "a step adds / ours 20.5",
             "in one graph / ours 45.0",
-            "largest difference reference 4.0e-6 (grad.ctx)",
+            "largest difference reference 4.0e-6",
+            "largest difference in grad.ctx (ours)",
             "ours: results and gradients have the same bits with 1, 2, 4 threads",
         ] {
             assert!(

@@ -169,6 +169,11 @@ impl Work for Vp {
     }
 
     fn forecast(&self) -> Result<Option<u64>> {
-        Ok(None)
+        let images = self.pixels.dim(0)?;
+        let none = VisualPrompts::new();
+        let tower = self.clip.image().forecast_perturbed(images, &none)?;
+        // The images' patches, these under the frame, and the gradient of both.
+        let patches = self.clip.image().patches(&self.pixels)?.elem_count();
+        Ok(Some(tower.bytes() + 3 * 4 * patches as u64))
     }
 }
