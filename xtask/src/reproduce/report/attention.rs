@@ -76,7 +76,7 @@ fn row(tests: &[(Who, Measured)], index: usize, out: &Path) -> String {
             cells.push_str(&cell(&sample, &map.after, &who.label, out));
         }
     }
-    format!("<ul class=\"styles\">{cells}</ul>\n")
+    format!("<ul class=\"styles looks\">{cells}</ul>\n")
 }
 
 fn cell(sample: &Sample, map: &[f32], label: &str, out: &Path) -> String {

@@ -236,13 +236,15 @@ impl Series {
     }
 }
 
-/// Circle, square, diamond, triangles, then the same hollow: a second sign beside the colour.
+/// Circle, square, diamond, triangles, then the same hollow: a second sign beside the colour. Where colours come again, filled and
+/// hollow change places, and after that the shapes move on.
 pub(super) fn mark(place: usize, x: f64, y: f64) -> String {
-    let class = match place.saturating_sub(1) / 5 % 2 {
+    let before = place.saturating_sub(1);
+    let class = match (before / 5 + before / COLORS) % 2 {
         0 => "mark",
         _ => "mark hollow",
     };
-    let corners: &[(f64, f64)] = match place % 5 {
+    let corners: &[(f64, f64)] = match (place + before / (2 * COLORS) * 2) % 5 {
         1 => return format!("<circle class=\"{class}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4.2\"/>"),
         2 => &[(-4.0, -4.0), (4.0, -4.0), (4.0, 4.0), (-4.0, 4.0)],
         3 => &[(0.0, -5.5), (5.5, 0.0), (0.0, 5.5), (-5.5, 0.0)],
@@ -399,6 +401,13 @@ mod tests {
             .collect();
         move_apart(&mut names, axes.height);
         assert!(names[0].y >= TOP, "{}", names[0].y);
+    }
+
+    #[test]
+    fn no_two_learners_look_alike() {
+        let looks = |place| (color(place), mark(place, 0.0, 0.0));
+        let all: BTreeSet<_> = (1..=4 * COLORS).map(looks).collect();
+        assert_eq!(all.len(), 4 * COLORS);
     }
 
     #[test]
