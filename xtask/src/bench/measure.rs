@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Tensor};
 
 use super::inputs::{self, Named};
-use super::process::{self, Launch, Process};
+use super::process::{self, Killed, Launch, Process};
 use super::record::{Measured, RowRecord};
 use super::rows::{Contender, Row};
 use super::summary::rounds;
@@ -80,6 +80,7 @@ impl Setup {
             reference,
             contenders: Vec::new(),
             same_bits: BTreeMap::new(),
+            left_out: Vec::new(),
             failures: Vec::new(),
         };
         self.check(row, &mut players, &mut record)?;
@@ -103,14 +104,23 @@ impl Setup {
     }
 
     /// Lets each contender compute the whole step alone in a process, ours with other numbers of threads too, and compares
-    /// results and gradients.
-    fn check(&self, row: &Row, players: &mut [Player], record: &mut RowRecord) -> Result<()> {
+    /// results and gradients. A peer that has not enough memory takes no part.
+    fn check(&self, row: &Row, players: &mut Vec<Player>, record: &mut RowRecord) -> Result<()> {
         let mut outputs = BTreeMap::new();
+        let reference = record.reference;
+        let may_be_left_out = |c: Contender| !c.is_ours() && c != reference;
         for player in players.iter_mut() {
             let contender = player.job.contender;
             let path = self.output(row, contender, self.threads);
             let mut process = Process::start(&self.launch, &player.job)?;
-            let sample = process.ask(&Request::Check(path.clone()))?;
+            let sample = match process.ask(&Request::Check(path.clone())) {
+                Err(e) if e.is::<Killed>() && may_be_left_out(contender) => {
+                    say(row, &e.to_string());
+                    record.left_out.push(e.to_string());
+                    continue;
+                }
+                other => other?,
+            };
             player.peak = process.peak()?;
             player.seconds = sample.wall / player.measured.scale as f64;
             player.measured.forecast = process.forecast;
@@ -133,6 +143,7 @@ impl Setup {
                 record.same_bits.insert(contender.slug().to_owned(), same);
             }
         }
+        players.retain(|player| outputs.contains_key(&player.job.contender));
         let expected = &outputs[&record.reference];
         for player in players {
             let contender = player.job.contender;

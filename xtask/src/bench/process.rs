@@ -1,6 +1,7 @@
 //! A worker as its parent sees it: requests and replies, time and memory.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -27,6 +28,22 @@ pub(super) struct Sample {
     /// Seconds of all threads, user and system.
     pub(super) cpu: f64,
 }
+
+/// A worker that the system has ended, as it does where memory runs out.
+#[derive(Debug)]
+pub(super) struct Killed(pub(super) &'static str);
+
+impl fmt::Display for Killed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "the process of {} was killed: too little memory?",
+            self.0
+        )
+    }
+}
+
+impl std::error::Error for Killed {}
 
 /// A worker that has loaded.
 #[derive(Debug)]
@@ -117,7 +134,7 @@ impl Process {
                 let status = self.child.wait()?;
                 let title = self.contender.title();
                 match std::os::unix::process::ExitStatusExt::signal(&status) {
-                    Some(9) => bail!("the process of {title} was killed: too little memory?"),
+                    Some(9) => Err(Killed(title).into()),
                     _ => bail!("the process of {title} ended with {status}"),
                 }
             }

@@ -139,6 +139,9 @@ pub(super) struct RowRecord {
     pub(super) contenders: Vec<Measured>,
     /// Numbers of threads with which our results and gradients had the same bits; for each of our contenders.
     pub(super) same_bits: BTreeMap<String, Vec<usize>>,
+    /// Peers that could not take part, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) left_out: Vec<String>,
     /// Why the row does not count; empty if it does.
     pub(super) failures: Vec<String>,
 }
@@ -242,6 +245,7 @@ pub(super) mod tests {
             reference: Contender::Authors,
             contenders: vec![theirs, ours],
             same_bits: [("ours".to_owned(), vec![1, 2, 4])].into(),
+            left_out: Vec::new(),
             failures: Vec::new(),
         }
     }

@@ -180,6 +180,7 @@ fn notes(row: &RowRecord) -> Vec<String> {
             threads.join(", ")
         ));
     }
+    notes.extend(row.left_out.iter().cloned());
     let failures = row.failures.iter();
     notes.extend(failures.map(|failure| format!("FAILED: {failure}")));
     notes

@@ -3,7 +3,7 @@
 //! Queries, keys and values lie in rows of `3·width`. A query meets a few dozen keys, so its scores are scalar products of 64
 //! numbers, and what it gathers stays in registers; nothing but one row of probabilities is ever formed.
 //!
-//! Made for prefixes of 1 to 70 rows and names of 1 to 10. It does 11 to 14 GFLOP/s on a core, an eighth of the fused peak:
+//! Made for prefixes of 1 to 70 rows and names of 1 to 10. It does 11 to 15 GFLOP/s on a core, an eighth of the fused peak:
 //! short sums, and scores computed again on the way back. That is 4 to 5 % of a step.
 
 use super::plan::Chunk;

@@ -6,9 +6,10 @@
 //! depend on whether the processor fuses multiplication and addition.
 //!
 //! Made for few rows against matrices of 256 to 3,072: 17 rows (a prefix), 120 (a chunk of suffixes), 197 (an image). On one
-//! core whose fused peak is about 117 GFLOP/s (AMD EPYC, Zen 4) it reaches 108 to 114 from 17 rows on with AVX-512, 93 to 113
-//! with AVX2, the same for f16- and f32-held matrices within 10 %; the `gemm` crate, which lays the matrix out in each call,
-//! 53 to 94 at 17 rows and 97 to 107 from 120 on (`cargo bench -p cliptune-benches --bench kernels`).
+//! core whose fused peak is about 117 GFLOP/s (AMD EPYC, Zen 4, with AVX-512) it reaches, f32-held, 113 to 116 at 17 rows, 111 to
+//! 115 at 120 and 101 to 104 at 197; f16-held 92 to 95 (17 rows hardly repay the widening), 107 to 109 and 103 to 105. The
+//! `gemm` crate, which lays the matrix out in each call, reaches 57 to 94, 96 to 107 and 96 to 99
+//! (`cargo bench -p cliptune-benches --bench kernels`).
 
 mod lanes;
 
